@@ -1,0 +1,133 @@
+"""What one consumer holds: entries it read from the broker and has not handed out, and those on loan.
+
+Both backends read entries in bulk and hand them out by budget and class; the surplus waits here in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from penstock.queue.errors import InvalidRecord
+from penstock.queue.payloads import RecordCodec
+from penstock.queue.protocol import Budget, Delivery
+from penstock.queue.records import PriorityClass
+
+Position = tuple[str, int, str]
+
+
+class Entry(NamedTuple):
+    """A record as read from the broker. ``order`` starts with the class rank, then tells older from newer."""
+
+    order: tuple[int, ...]
+    tokens: int
+    data: bytes
+    position: Position
+    deliveries: int = 1
+
+
+class Held(NamedTuple):
+    """How much of one class waits here."""
+
+    requests: int
+    tokens: int
+
+
+Bury = Callable[[Entry, str], Awaitable[None]]
+"""Moves an entry to the dead letters with the reason."""
+
+
+class Intake:
+    """Entries waiting here, in order, and entries on loan, by position."""
+
+    def __init__(self, codec: RecordCodec) -> None:
+        self._codec = codec
+        self._waiting: list[Entry] = []
+        self._loaned: dict[Position, Entry] = {}
+        self._changed = asyncio.Event()
+
+    def put(self, entries: Iterable[Entry]) -> None:
+        """Add entries read from the broker and wake whoever waits."""
+        for entry in entries:
+            heapq.heappush(self._waiting, entry)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let :meth:`changed` return: something may be there, or something went wrong."""
+        self._changed.set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether an entry waits here."""
+        return bool(self._waiting)
+
+    async def changed(self) -> None:
+        """Wait for the next :meth:`put` or :meth:`wake`."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    def held(self) -> list[Held]:
+        """What waits here, by class."""
+        classes: list[list[int]] = [[] for _ in PriorityClass]
+        for entry in self._waiting:
+            classes[entry.order[0]].append(entry.tokens)
+        return [Held(len(tokens), sum(tokens)) for tokens in classes]
+
+    async def take(self, budget: Budget, bury: Bury) -> list[Delivery]:
+        """Lend what fits the budget; entries that cannot be read are given to ``bury`` with the reason instead.
+
+        Raises:
+            QueueUnavailable: a payload stored beside could not be asked for, or an entry not buried. Whatever was
+                not buried waits here again.
+        """
+        entries = self._pop(budget)
+        buried: set[Position] = set()
+        deliveries = []
+        try:
+            for entry in entries:
+                try:
+                    deliveries.append(await self._open(entry))
+                except InvalidRecord as error:
+                    await bury(entry, f"{error.code}: {error}")
+                    buried.add(entry.position)
+        except BaseException:
+            self.put(entry for entry in entries if entry.position not in buried)
+            raise
+        self._loaned.update((entry.position, entry) for entry in entries if entry.position not in buried)
+        return deliveries
+
+    def on_loan(self, deliveries: Iterable[Delivery]) -> list[Entry]:
+        """Their entries, leaving out those that are no longer ours to finish."""
+        return [self._loaned[d.position] for d in deliveries if d.position in self._loaned]
+
+    def forget(self, entries: Iterable[Entry]) -> None:
+        """These are finished."""
+        for entry in entries:
+            self._loaned.pop(entry.position, None)
+
+    def give_back(self, deliveries: Sequence[Delivery]) -> None:
+        """End these loans: their entries wait here again, ahead of later ones."""
+        entries = self.on_loan(deliveries)
+        self.forget(entries)
+        self.put(entry._replace(deliveries=entry.deliveries + 1) for entry in entries)
+
+    def drop(self, ours: Callable[[Position], bool]) -> None:
+        """Forget every entry for which ``ours`` is false: another consumer has it now."""
+        self._waiting = [entry for entry in self._waiting if ours(entry.position)]
+        heapq.heapify(self._waiting)
+        self._loaned = {position: entry for position, entry in self._loaned.items() if ours(position)}
+
+    def _pop(self, budget: Budget) -> list[Entry]:
+        taken: list[Entry] = []
+        tokens = budget.tokens
+        while self._waiting and len(taken) < budget.requests:
+            if taken and self._waiting[0].tokens > tokens:
+                break
+            taken.append(heapq.heappop(self._waiting))
+            tokens -= taken[-1].tokens
+        return taken
+
+    async def _open(self, entry: Entry) -> Delivery:
+        return Delivery(await self._codec.decode(entry.data), entry.position, entry.deliveries)

@@ -1,0 +1,254 @@
+"""The request queue on Apache Kafka.
+
+One topic per class, ``requests.{pool}.{class}``, and ``requests.{pool}.dead``; one consumer group, ``penstock.{pool}``.
+A publish is acknowledged by all in-sync replicas. Deliveries finish in any order: the committed offset is a watermark
+and its metadata names what is finished above it (:mod:`penstock.queue.ledger`). A topic's ``retention.ms`` must be
+longer than requests may wait.
+
+A consumer that reached the broker once waits in :meth:`KafkaQueue.pull` through an outage, as for work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from kafka import KafkaAdminClient, TopicPartition
+
+from penstock.queue.dead_letters import DeadLetter
+from penstock.queue.errors import QueueUnavailable
+from penstock.queue.intake import Entry, Intake
+from penstock.queue.kafka_client import (
+    REASON_HEADER,
+    TOKENS_HEADER,
+    Topics,
+    broker_errors,
+    ensure_topics,
+    header,
+    open_client,
+)
+from penstock.queue.kafka_consumer import STALL_S, PollThread
+from penstock.queue.kafka_depth import BacklogCounter, LogReader
+from penstock.queue.kafka_producer import Publisher
+from penstock.queue.payloads import RecordCodec, connect_once
+from penstock.queue.protocol import Budget, Delivery, Depth
+from penstock.queue.records import PriorityClass, Record
+from penstock.queue.settings import QueueSettings, RedisSettings
+
+CALL_TIMEOUT_S = 5.0
+"""For an administrative call; over the client's own request timeout with one retry."""
+DEPTH_TIMEOUT_S = 15.0
+"""Over the time that reading the backlog may take."""
+BUFFER_REQUESTS = 2048
+BUFFER_TOKENS = 4_000_000
+"""A class that holds this many requests or prompt tokens (16 MB) here is not read further until half are gone."""
+
+T = TypeVar("T")
+
+
+class KafkaQueue:
+    """:class:`~penstock.queue.protocol.RequestQueue` of one pool on Apache Kafka."""
+
+    def __init__(self, queue: QueueSettings, redis: RedisSettings, pool: str) -> None:
+        self._settings = queue
+        self._topics = Topics.of(pool)
+        self._payloads = connect_once(redis)
+        self._codec = RecordCodec(self._payloads, redis, queue.max_record_bytes)
+        self._intake = Intake(self._codec)
+        self._loop = asyncio.get_running_loop()
+        self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="penstock-kafka-call")
+        self._opening = asyncio.Lock()
+        self._admin: KafkaAdminClient | None = None
+        self._publisher: Publisher | None = None
+        self._counter: BacklogCounter | None = None
+        self._poller: PollThread | None = None
+        self._failure: Exception | None = None
+        self._closed = False
+
+    async def publish(self, record: Record) -> None:
+        """Store on all in-sync replicas. Fails within the producer's delivery timeout."""
+        data = await self._codec.encode(record)
+        await self._send(self._topics.classes[record.priority_class.rank], data, record.num_tokens)
+
+    async def pull(self, budget: Budget) -> list[Delivery]:
+        """Take what fits from what the poll thread read."""
+        await self._consume()
+        while not (deliveries := await self._intake.take(budget, self._bury)):
+            await self._arrival()
+        self._regulate()
+        return deliveries
+
+    async def complete(self, deliveries: Sequence[Delivery]) -> None:
+        """Enter in the ledgers; the poll thread commits shortly after."""
+        self._finish(self._intake.on_loan(deliveries))
+        await self._codec.discard(delivery.record for delivery in deliveries)
+
+    async def release(self, deliveries: Sequence[Delivery]) -> None:
+        """Delivered again by this consumer, or by another once the partition moves."""
+        self._intake.give_back(deliveries)
+
+    async def dead_letter(self, delivery: Delivery, reason: str) -> None:
+        """Publish to the dead letters, then finish."""
+        for entry in self._intake.on_loan([delivery]):
+            await self._bury(entry, reason)
+
+    async def dead_letters(self, limit: int) -> list[DeadLetter]:
+        """The oldest ``limit`` dead letters of each partition, oldest first."""
+        await self._administration()
+        return await self._call(
+            lambda: _read_dead_letters(self._settings, self._topics.dead, limit), DEPTH_TIMEOUT_S
+        )
+
+    async def depth(self) -> dict[PriorityClass, Depth]:
+        """Exact but for what other consumers finished within their commit interval; own work is committed first."""
+        admin = await self._administration()
+        if self._poller is not None and self._poller.healthy:
+            await asyncio.wrap_future(self._poller.flush())
+        return await self._call(lambda: self._count(admin), DEPTH_TIMEOUT_S)
+
+    async def ping(self) -> None:
+        """Return when the broker answers."""
+        admin = await self._administration()
+        await self._call(lambda: admin.describe_topics([self._topics.dead]), CALL_TIMEOUT_S)
+
+    @property
+    def healthy(self) -> bool:
+        """False when the poll thread hangs or has died; then the process should end."""
+        return self._poller is None or self._poller.healthy
+
+    async def close(self) -> None:
+        """Commit, leave the group, finish what is being published."""
+        if self._closed:
+            return
+        self._closed = True
+        parts = (self._poller, self._publisher, self._counter, self._admin)
+        for part in parts:
+            if part is not None:
+                await self._loop.run_in_executor(None, part.close)
+        self._calls.shutdown(wait=False)
+        await self._payloads.aclose()
+
+    def arrived(self, entries: list[Entry]) -> None:
+        """From the poll thread: entries were read."""
+        self._loop.call_soon_threadsafe(self._accept, entries)
+
+    def revoked(self, partitions: set[tuple[str, int]]) -> None:
+        """From the poll thread: other consumers have these partitions now."""
+        self._loop.call_soon_threadsafe(self._intake.drop, lambda position: position[:2] not in partitions)
+
+    def stopped(self, error: Exception | None) -> None:
+        """From the poll thread: it ended."""
+        if not self._closed:
+            self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _accept(self, entries: list[Entry]) -> None:
+        self._intake.put(entries)
+        self._regulate()
+
+    def _fail(self, error: Exception | None) -> None:
+        self._failure = error
+        self._poller = None
+        self._intake.drop(lambda position: False)
+        self._intake.wake()
+
+    def _regulate(self) -> None:
+        """Pause the classes that are full here, resume those half empty."""
+        if self._poller is None:
+            return
+        full = self._poller.full_ranks
+        limit = [0.5 if rank in full else 1.0 for rank in range(len(PriorityClass))]
+        self._poller.full_ranks = frozenset(
+            rank
+            for rank, held in enumerate(self._intake.held())
+            if held.requests > BUFFER_REQUESTS * limit[rank] or held.tokens > BUFFER_TOKENS * limit[rank]
+        )
+
+    async def _arrival(self) -> None:
+        """Wait for the next entries; raises when the poll thread has died or hangs."""
+        if self._intake.ready:
+            return
+        try:
+            await asyncio.wait_for(self._intake.changed(), STALL_S)
+        except TimeoutError:
+            if not self.healthy:
+                raise QueueUnavailable("the Kafka poll thread hangs") from None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise QueueUnavailable(f"the Kafka consumer stopped: {failure!r}") from failure
+
+    def _finish(self, entries: Sequence[Entry]) -> None:
+        if self._poller is not None:
+            self._poller.finish(entry.position for entry in entries)
+        self._intake.forget(entries)
+
+    async def _bury(self, entry: Entry, reason: str) -> None:
+        await self._send(self._topics.dead, entry.data, entry.tokens, reason)
+        self._finish([entry])
+
+    async def _send(self, topic: str, data: bytes, tokens: int, reason: str = "") -> None:
+        headers = {TOKENS_HEADER: b"%d" % tokens} | ({REASON_HEADER: reason.encode()} if reason else {})
+        await (await self._publishing()).send(topic, data, headers)
+
+    async def _administration(self) -> KafkaAdminClient:
+        async with self._opening:
+            if self._admin is None:
+                self._admin = await self._call(self._connect_admin, CALL_TIMEOUT_S)
+            return self._admin
+
+    async def _publishing(self) -> Publisher:
+        if self._publisher is not None:
+            return self._publisher
+        await self._administration()
+        async with self._opening:
+            if self._publisher is None:
+                topics = (*self._topics.classes, self._topics.dead)
+                self._publisher = await self._call(lambda: Publisher(self._settings, topics), CALL_TIMEOUT_S)
+            return self._publisher
+
+    async def _consume(self) -> None:
+        if self._poller is not None:
+            return
+        await self._administration()
+        async with self._opening:
+            if self._poller is None:
+                poller = PollThread(self._settings, self._topics, self)
+                poller.start()
+                await asyncio.wrap_future(poller.connected)
+                self._poller = poller
+
+    async def _call(self, function: Callable[[], T], timeout_s: float) -> T:
+        """Run a blocking call of the client on its thread."""
+        with broker_errors():
+            return await asyncio.wait_for(self._loop.run_in_executor(self._calls, function), timeout_s)
+
+    def _connect_admin(self) -> KafkaAdminClient:
+        admin = open_client(KafkaAdminClient, self._settings)
+        ensure_topics(admin, self._settings, self._topics)
+        return admin
+
+    def _count(self, admin: KafkaAdminClient) -> dict[PriorityClass, Depth]:
+        if self._counter is None:
+            self._counter = BacklogCounter(self._settings, self._topics, admin)
+        return self._counter.count()
+
+
+def _read_dead_letters(settings: QueueSettings, topic: str, limit: int) -> list[DeadLetter]:
+    reader = LogReader(settings, (topic,))
+    try:
+        bounds = reader.bounds()
+        ranges = {partition: (start, min(end, start + limit)) for partition, (start, end) in bounds.items()}
+        records = sorted(reader.read(ranges), key=lambda found: found[1].timestamp)
+    finally:
+        reader.close()
+    return [_dead_letter(partition, record) for partition, record in records[:limit]]
+
+
+def _dead_letter(partition: TopicPartition, record: Any) -> DeadLetter:
+    return DeadLetter(
+        id=f"{partition.partition}-{record.offset}",
+        data=record.value or b"",
+        reason=header(record, REASON_HEADER).decode(),
+        at_ms=record.timestamp,
+    )

@@ -1,0 +1,142 @@
+"""A private Apache Kafka of one node (KRaft), run from Maven's jars: no distribution to download and unpack."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from penstock.queue.local.process import ServerError, ServerProcess, free_port
+
+KAFKA_VERSION = "4.1.0"
+CACHE = Path("~/.cache/penstock").expanduser() / f"kafka-{KAFKA_VERSION}"
+"""Where the jars are kept (43 MB) unless the caller names another folder."""
+MAVEN_TIMEOUT_S = 600.0
+"""Fetching the jars takes seconds from a near mirror; a slow link gets ten minutes."""
+FORMAT_TIMEOUT_S = 60.0
+"""Formatting the data folder is one short JVM run."""
+CONNECT_TIMEOUT_S = 1.0
+"""A port on loopback accepts or refuses at once."""
+_JVM_FLAGS = ("-Xmx384m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xshare:auto")
+
+
+def kafka_jars(folder: Path = CACHE) -> Path:
+    """The folder with Kafka's jars, filled by Maven on the first call (atomically, so that several may call).
+
+    Raises:
+        ServerError: Maven is missing or could not fetch them.
+    """
+    if folder.is_dir():
+        return folder
+    maven = _need("mvn", "Maven (apt install maven)")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        shutil.copy(Path(__file__).with_name("pom.xml"), work)
+        command = [maven, "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=jars"]
+        done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=MAVEN_TIMEOUT_S)
+        if done.returncode:
+            raise ServerError(
+                f"Maven could not fetch Kafka {KAFKA_VERSION}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
+        try:
+            os.rename(Path(work, "jars"), folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    return folder
+
+
+class KafkaBroker:
+    """``with KafkaBroker(folder) as broker: broker.bootstrap``; data and log live in ``folder`` and survive a restart."""
+
+    def __init__(self, folder: Path, *, jars: Path = CACHE, port: int | None = None) -> None:
+        self.folder = folder
+        self.port = port or free_port()
+        self.bootstrap = f"127.0.0.1:{self.port}"
+        self._controller_port = free_port()
+        self._jars = jars
+        self.process: ServerProcess | None = None
+
+    def start(self) -> None:
+        """Start and wait until it accepts connections (2-3 s). Raises :class:`ServerError` with the end of its log."""
+        properties = self._configure()
+        if not (self.folder / "data" / "meta.properties").exists():
+            self._format(properties)
+        self.process = ServerProcess([*self._java(), "kafka.Kafka", properties], self.folder / "kafka.log")
+        self.process.start(self._accepts)
+
+    def stop(self) -> None:
+        """Stop in good order. Idempotent."""
+        if self.process is not None:
+            self.process.stop()
+
+    def kill(self) -> None:
+        """Kill it as a crash would; :meth:`start` brings it back on the same port with its data."""
+        if self.process is not None:
+            self.process.kill()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _java(self) -> list[str]:
+        java = _need("java", "a Java runtime, 17 or later (apt install openjdk-17-jre-headless)")
+        return [java, *_JVM_FLAGS, "-cp", f"{kafka_jars(self._jars)}/*"]
+
+    def _configure(self) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = {
+            "process.roles": "broker,controller",
+            "node.id": 1,
+            "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
+            "listeners": f"PLAINTEXT://{self.bootstrap},CONTROLLER://127.0.0.1:{self._controller_port}",
+            "advertised.listeners": f"PLAINTEXT://{self.bootstrap}",
+            "controller.listener.names": "CONTROLLER",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "log.dirs": self.folder / "data",
+            "offsets.topic.replication.factor": 1,
+            "offsets.topic.num.partitions": 4,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
+            "group.initial.rebalance.delay.ms": 0,
+            "broker.heartbeat.interval.ms": 500,
+            "broker.session.timeout.ms": 2000,  # else a killed broker waits 9 s for its own old session to expire
+            "auto.create.topics.enable": "false",
+        }
+        properties = self.folder / "server.properties"
+        properties.write_text("".join(f"{name}={value}\n" for name, value in options.items()))
+        return properties
+
+    def _format(self, properties: Path) -> None:
+        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        command = [*self._java(), "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=FORMAT_TIMEOUT_S)
+        if done.returncode:
+            raise ServerError(
+                f"Kafka could not format {self.folder}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
+
+    def _accepts(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), CONNECT_TIMEOUT_S):
+                return True
+        except OSError:
+            return False
+
+
+def _need(program: str, what: str) -> str:
+    if path := shutil.which(program):
+        return path
+    raise ServerError(f"no {program} found: install {what}")

@@ -1,0 +1,116 @@
+"""Records too large for the broker: their heavy fields are stored beside it, in Redis, and referenced.
+
+The claim-check pattern. Both backends encode and decode through one :class:`RecordCodec`, so a record looks the same
+whichever broker carries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import redis
+import redis.asyncio
+
+from penstock.queue.errors import InvalidRecord, PayloadTooLarge, QueueUnavailable
+from penstock.queue.records import Record, decode_record, encode_record
+from penstock.queue.redis_client import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
+from penstock.queue.settings import RedisSettings
+
+
+class _Payload(msgspec.Struct, array_like=True):
+    """The heavy fields of a record."""
+
+    prompt: bytes
+    body: bytes | None
+    prefix_hashes: list[bytes]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Payload)
+
+
+def connect_once(settings: RedisSettings, timeout_s: float = COMMAND_TIMEOUT_S) -> redis.asyncio.Redis:
+    """A client that never repeats a command by itself: an append that timed out may have happened."""
+    return redis.asyncio.Redis.from_url(
+        settings.url,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=timeout_s,
+        retry=None,
+        protocol=2,
+    )
+
+
+@contextmanager
+def queue_errors() -> Iterator[None]:
+    """Raise :class:`QueueUnavailable` for whatever means that Redis did not answer or did not accept."""
+    try:
+        yield
+    except (redis.RedisError, OSError) as error:
+        raise QueueUnavailable(f"Redis did not accept: {error}") from error
+
+
+class RecordCodec:
+    """Encodes records for the broker and decodes them, moving heavy fields out and in.
+
+    A stored payload lives for ``RedisSettings.lifetime_s``, as long as the state of an unfinished request does.
+    """
+
+    def __init__(self, client: redis.asyncio.Redis, settings: RedisSettings, max_record_bytes: int) -> None:
+        self._client = client
+        self._prefix = f"{settings.namespace}payload:"
+        self._lifetime_s = settings.lifetime_s
+        self._max_bytes = max_record_bytes
+
+    async def encode(self, record: Record) -> bytes:
+        """The record's bytes, at most ``max_record_bytes`` of them.
+
+        Raises:
+            PayloadTooLarge: too many bytes even without its heavy fields.
+            QueueUnavailable: the payload could not be stored.
+        """
+        data = encode_record(record)
+        return data if len(data) <= self._max_bytes else await self._detach(record)
+
+    async def decode(self, data: bytes) -> Record:
+        """The whole record.
+
+        Raises:
+            InvalidRecord: the bytes are not a record, or its payload is gone.
+            QueueUnavailable: the payload could not be asked for.
+        """
+        record = decode_record(data)
+        return record if record.payload_ref is None else await self._attach(record, record.payload_ref)
+
+    async def discard(self, records: Iterable[Record]) -> None:
+        """Forget the payloads of finished records."""
+        keys = [record.payload_ref for record in records if record.payload_ref is not None]
+        if keys:
+            with queue_errors():
+                await self._client.unlink(*keys)
+
+    async def _detach(self, record: Record) -> bytes:
+        key = self._prefix + record.id
+        data = encode_record(
+            msgspec.structs.replace(record, prompt=b"", body=None, prefix_hashes=[], payload_ref=key)
+        )
+        if len(data) > self._max_bytes:
+            raise PayloadTooLarge(
+                f"record has {len(data)} bytes without prompt and body; limit {self._max_bytes}"
+            )
+        payload = _encoder.encode(_Payload(record.prompt, record.body, record.prefix_hashes))
+        with queue_errors():
+            await self._client.set(key, payload, ex=self._lifetime_s)
+        return data
+
+    async def _attach(self, record: Record, key: str) -> Record:
+        with queue_errors():
+            stored: Any = await self._client.get(key)
+        if stored is None:
+            raise InvalidRecord(f"payload {key} of the record is gone")
+        payload = _decoder.decode(stored)
+        return msgspec.structs.replace(
+            record, prompt=payload.prompt, body=payload.body, prefix_hashes=payload.prefix_hashes
+        )

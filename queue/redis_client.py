@@ -1,0 +1,40 @@
+"""Redis connections with our timeouts, and its errors turned into ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import redis
+import redis.asyncio
+
+from penstock.queue.errors import StoreUnavailable
+from penstock.queue.settings import RedisSettings
+
+CONNECT_TIMEOUT_S = 2.0
+"""A Redis on the same network answers in milliseconds; two seconds tell a restart from a slow link."""
+COMMAND_TIMEOUT_S = 5.0
+"""Longer than the longest script (a step of a thousand streams takes a few ms) and any fsync stall worth waiting for."""
+
+
+def connect(settings: RedisSettings) -> redis.Redis:
+    """A blocking client for the threads of an engine replica."""
+    return redis.Redis.from_url(
+        settings.url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=COMMAND_TIMEOUT_S
+    )
+
+
+def connect_async(settings: RedisSettings) -> redis.asyncio.Redis:
+    """An asyncio client for ingress and dispatcher."""
+    return redis.asyncio.Redis.from_url(
+        settings.url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=COMMAND_TIMEOUT_S
+    )
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Raise :class:`StoreUnavailable` for whatever means that Redis did not answer or did not accept."""
+    try:
+        yield
+    except (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError, redis.OutOfMemoryError) as error:
+        raise StoreUnavailable(f"Redis is unavailable: {error}") from error

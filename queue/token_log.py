@@ -1,0 +1,159 @@
+"""The token log: what engines emitted, by position, fenced by attempt.
+
+Redis holds the truth about emitted tokens. ``{ns}tok:{id}`` is a list of frames; ``{ns}req:{id}`` a hash with the
+running attempt, the next position, who reads (``reply_to``) and who dispatches. One Lua call per engine step appends
+for the whole batch, refuses a stale attempt and any position but the next one, hands finished prefills to their decode
+replica, and wakes each reader with a single message.
+
+The log is the truth and the message only a hint that carries the data: a reader that missed one reads the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import NamedTuple, cast
+
+import msgspec
+import redis
+import redis.asyncio
+
+from penstock.queue.messages import EventKind, Frame, decode_frame, encode, lua_string
+from penstock.queue.redis_client import store_errors
+from penstock.queue.scripts import script
+from penstock.queue.settings import RedisSettings
+
+
+class Append(NamedTuple):
+    """One request's share of a step. ``frame`` and ``work`` are encoded, as :func:`lua_string`; ``hand_over`` names the decode
+    replica for ``work``."""
+
+    id: str
+    attempt: int
+    index: int
+    count: int
+    frame: msgspec.Raw
+    final: bool
+    hand_over: str | None = None
+    work: msgspec.Raw | None = None
+
+
+class AppendStatus(StrEnum):
+    """What became of an append. Everything but OK tells the engine to drop the request."""
+
+    OK = "ok"
+    STALE = "stale"
+    GAP = "gap"
+    GONE = "gone"
+    LOST = "lost"
+
+
+class Dispatch(NamedTuple):
+    """One request for one replica's inbox; ``next`` is how many tokens of it the dispatcher has seen in the log.
+
+    ``force`` takes it away from a replica that still looks alive.
+    """
+
+    id: str
+    next: int
+    reply_to: str
+    replica: str
+    work: msgspec.Raw
+    tenant: str
+    force: bool = False
+
+
+class DispatchStatus(StrEnum):
+    """What became of a dispatch; see ``dispatch.lua``."""
+
+    OK = "ok"
+    ADOPTED = "adopted"
+    EMITTED = "emitted"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    NO_REPLICA = "no_replica"
+
+
+class Dispatched(NamedTuple):
+    """Answer to a :class:`Dispatch`: who runs which attempt, and how many tokens the log holds."""
+
+    status: DispatchStatus
+    attempt: int
+    next: int
+    replica: str
+
+
+class TokenWriter:
+    """The engine's end of the log: blocking, used by one writer thread."""
+
+    def __init__(self, client: redis.Redis, settings: RedisSettings) -> None:
+        self._append = client.register_script(script("append"))
+        self._head = (settings.namespace, settings.retention_s * 1000, settings.lifetime_s * 1000)
+
+    def append(self, entries: Sequence[Append]) -> list[AppendStatus]:
+        """Append a step (or several, coalesced, in order).
+
+        Raises:
+            StoreUnavailable: Redis did not answer. Whether the step was stored is unknown; appending it again is
+                safe: what is there already is left as it is.
+        """
+        with store_errors():
+            answer = self._append(args=(*self._head, encode(entries)))
+        return [AppendStatus(status.decode()) for status in cast(list[bytes], answer)]
+
+
+class RequestLog:
+    """The other end: dispatchers give out attempts, ingresses read and cancel."""
+
+    def __init__(self, client: redis.asyncio.Redis, settings: RedisSettings) -> None:
+        self._client = client
+        self._ns = settings.namespace
+        self._retention_ms = settings.retention_s * 1000
+        self._lifetime_ms = settings.lifetime_s * 1000
+        self._dispatch = client.register_script(script("dispatch"))
+        self._finish = client.register_script(script("finish"))
+        self._cancel = client.register_script(script("cancel"))
+
+    async def dispatch(self, dispatcher: str, entries: Sequence[Dispatch]) -> list[Dispatched]:
+        """Take the next attempt for each and put the work into its replica's inbox, all in one call."""
+        with store_errors():
+            answer = await self._dispatch(args=(self._ns, self._lifetime_ms, dispatcher, encode(entries)))
+        return [Dispatched(DispatchStatus(s.decode()), attempt, next_, r.decode()) for s, attempt, next_, r in answer]
+
+    async def finish(self, entries: Iterable[tuple[str, str, Frame]]) -> list[bool]:
+        """End requests (id, reply_to, last frame) from outside an engine; False where the end was there already."""
+        batch = [(id_, reply_to, lua_string(encode(frame))) for id_, reply_to, frame in entries]
+        with store_errors():
+            answer = await self._finish(args=(self._ns, self._retention_ms, encode(batch)))
+        return [bool(ended) for ended in answer]
+
+    async def cancel(self, ids: Sequence[str]) -> int:
+        """Cancel wherever they are; returns how many were still live."""
+        with store_errors():
+            return int(await self._cancel(args=(self._ns, self._lifetime_ms, encode(ids))))
+
+    async def read(self, request_id: str, skip: int = 0) -> list[Frame]:
+        """Frames of one request in order, without the first ``skip`` frames; empty when it is unknown or expired."""
+        with store_errors():
+            frames = await self._client.lrange(f"{self._ns}tok:{request_id}", skip, -1)
+        return [decode_frame(frame) for frame in frames]
+
+    async def states(self, ids: Sequence[str]) -> list[EventKind | None]:
+        """What a dispatcher must do about each of these, should it have missed the message; None: nothing, it runs."""
+        pipeline = self._client.pipeline(transaction=False)
+        for request_id in ids:
+            pipeline.hmget(f"{self._ns}req:{request_id}", "attempt", "done", "lost")
+        with store_errors():
+            answer = await pipeline.execute()
+        return [_state(*fields) for fields in answer]
+
+
+def _state(attempt: bytes | None, done: bytes | None, lost: bytes | None) -> EventKind | None:
+    if attempt is None or done is not None:
+        return EventKind.DONE
+    return EventKind.LOST if lost is not None else None
+
+
+def emitted_tokens(frames: Iterable[Frame]) -> list[int]:
+    """All tokens of a request's frames, in order."""
+    return [token for frame in frames for token in frame.tokens]

@@ -1,0 +1,1 @@
+"""What clients and operators talk to: the OpenAI-compatible ingress, API keys and the command line."""

@@ -1,0 +1,22 @@
+"""All settings sections, and the environment variable of each value."""
+
+from __future__ import annotations
+
+from penstock.queue.settings import ModelSettings, QueueSettings, RedisSettings, Section
+from penstock.serving.settings import IngressSettings
+from penstock.workers.settings import WorkerSettings
+
+SECTIONS: tuple[type[Section], ...] = (
+    RedisSettings,
+    QueueSettings,
+    ModelSettings,
+    IngressSettings,
+    WorkerSettings,
+)
+RESERVED = frozenset({"PENSTOCK_CONFIG", "PENSTOCK_RAY_TEMP"})
+"""Variables of Penstock that are no setting of a section."""
+
+
+def variable_of(section: type[Section], name: str) -> str:
+    """``PENSTOCK_<SECTION>_<NAME>``."""
+    return f"{section.model_config['env_prefix']}{name}".upper()

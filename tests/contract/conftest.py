@@ -1,0 +1,39 @@
+"""Real servers, started once for the session. A missing one skips with its reason, and fails in CI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from penstock.queue.local.kafka_broker import KafkaBroker
+from penstock.queue.local.process import ServerError
+from penstock.queue.local.redis_server import RedisServer
+
+
+def start(server: KafkaBroker | RedisServer) -> None:
+    """Start it, or skip the test that needs it."""
+    try:
+        server.start()
+    except ServerError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis for every test of the session."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    start(server)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def kafka_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
+    """A Kafka for every test of the session."""
+    broker = KafkaBroker(tmp_path_factory.mktemp("kafka"))
+    start(broker)
+    yield broker
+    broker.stop()

@@ -1,0 +1,77 @@
+"""Both backends of the request queue behind one small harness."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from typing import Protocol
+
+import redis.asyncio
+from kafka import KafkaProducer
+from penstock.queue.dead_letters import DeadLetter
+from penstock.queue.factory import open_queue
+from penstock.queue.protocol import RequestQueue
+from penstock.queue.records import PriorityClass, Record, new_request_id, now_ms, pack_tokens, prefix_hashes
+from penstock.queue.settings import QueueSettings, RedisSettings
+
+
+class InspectedQueue(RequestQueue, Protocol):
+    """A queue whose dead letters can be read back."""
+
+    async def dead_letters(self, limit: int) -> list[DeadLetter]:
+        """The oldest dead letters."""
+
+
+class Harness:
+    """Opens queues of one backend on a pool of their own, and closes them after the test."""
+
+    def __init__(self, queue: QueueSettings, redis_settings: RedisSettings) -> None:
+        self.settings = queue
+        self.redis_settings = redis_settings
+        self.pool = uuid.uuid4().hex[:8]
+        self.redis = redis.asyncio.Redis.from_url(redis_settings.url)
+        self._opened: list[RequestQueue] = []
+        self._counter = itertools.count()
+
+    def open(self, **changes: int | str) -> InspectedQueue:
+        """One more client of the same queue, with changed queue settings."""
+        queue = open_queue(self.settings.model_copy(update=changes), self.redis_settings, self.pool)
+        self._opened.append(queue)
+        return queue  # type: ignore[return-value]  # both backends have it
+
+    def record(self, cls: str = "standard", tokens: int = 10, **fields: object) -> Record:
+        """A record with every field that matters to a queue."""
+        prompt = pack_tokens([(next(self._counter) + i) % 50_000 for i in range(tokens)])
+        values: dict[str, object] = {
+            "id": new_request_id(),
+            "model": "m",
+            "pool": self.pool,
+            "release": "r0",
+            "tenant": "acme",
+            "priority_class": PriorityClass(cls),
+            "num_tokens": tokens,
+            "prompt": prompt,
+            "sampling": {"temperature": 0.5, "stop": ["\n"]},
+            "reply_to": "ingress-1",
+            "accepted_ms": now_ms(),
+            "prefix_hashes": prefix_hashes(prompt, "acme"),
+            "body": b'{"messages": []}',
+        }
+        return Record(**values | fields)  # type: ignore[arg-type]
+
+    async def publish_raw(self, data: bytes, tokens: int = 3) -> None:
+        """What a broken or newer producer might write, as standard work."""
+        if self.settings.backend == "redis":
+            prefix = f"{self.redis_settings.namespace}requests:{self.pool}:"
+            await self.redis.xadd(prefix + "standard", {"t": tokens, "r": data})
+            await self.redis.hincrby(prefix + "tokens", "1", tokens)
+        else:
+            producer = KafkaProducer(bootstrap_servers=self.settings.bootstrap)
+            producer.send(f"requests.{self.pool}.standard", data, headers=[("t", b"%d" % tokens)]).get(10)
+            producer.close()
+
+    async def close(self) -> None:
+        """Close everything that was opened."""
+        for queue in self._opened:
+            await queue.close()
+        await self.redis.aclose()

@@ -1,0 +1,109 @@
+"""The demo model as it is shipped: its weights fit the questions, its tokenizer can say every answer."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from penstock.workers.demo_model import demo_model_path, qa_hash, trained_hash
+from penstock.workers.demo_model.corpus import (
+    COUNT_LIMIT,
+    Augmenter,
+    Corpus,
+    counting,
+    load_corpus,
+    normalised,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return load_corpus()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    loaded: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(demo_model_path())
+    return loaded
+
+
+def test_the_weights_were_trained_on_the_questions_as_they_are() -> None:
+    assert trained_hash() == qa_hash(), "qa.yaml changed since the model was trained: run `make demo-model`"
+
+
+def test_every_topic_has_many_questions_and_its_own_answer(corpus: Corpus) -> None:
+    assert all(len(topic.asked) >= 12 and len(topic.held_out) >= 3 for topic in corpus.all_topics())
+    assert len({topic.answer for topic in corpus.all_topics()}) == len(corpus.all_topics())
+
+
+def test_held_out_questions_are_never_trained_on(corpus: Corpus) -> None:
+    trained = {
+        normalised(question) for topic in corpus.all_topics() for question in (*topic.asked, *topic.expanded)
+    }
+    assert len(corpus.held_out) == sum(len(topic.held_out) for topic in corpus.all_topics())
+    assert not trained & corpus.held_out
+
+
+def test_the_same_seed_varies_questions_the_same_way(corpus: Corpus) -> None:
+    first, second = (Augmenter(corpus, seed=3) for _ in range(2))
+    topics = corpus.all_topics()
+    varied = [first.question(topic) for topic in topics]
+    assert varied == [second.question(topic) for topic in topics]
+    assert varied != [first.question(topic) for topic in topics]
+
+
+def test_the_tokenizer_gives_every_answer_back(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    answers = [topic.answer for topic in corpus.all_topics()]
+    assert [tokenizer.decode(tokenizer.encode(answer)) for answer in answers] == answers
+
+
+def test_counting_takes_one_token_a_number(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = tokenizer.encode(counting(COUNT_LIMIT))
+    assert len(tokens) == COUNT_LIMIT
+    assert tokenizer.decode(tokens) == counting(COUNT_LIMIT)
+
+
+@pytest.mark.parametrize("number", [2, 10, 99, 200, 1000])
+def test_a_number_is_the_same_token_in_question_and_answer(
+    tokenizer: PreTrainedTokenizerFast, number: int
+) -> None:
+    assert tokenizer.encode(counting(number))[-1] in tokenizer.encode(f"Count to {number}.")
+
+
+def test_the_template_renders_system_and_user(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is TTFT?"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert rendered == "<|bos|><|system|> Be brief.<|end|><|user|> What is TTFT?<|end|><|assistant|>"
+
+
+def test_the_template_renders_tools_and_their_results(tokenizer: PreTrainedTokenizerFast) -> None:
+    tool = {"type": "function", "function": {"name": "depth", "parameters": {"type": "object"}}}
+    call = {"id": "1", "type": "function", "function": {"name": "depth", "arguments": "{}"}}
+    chat = [
+        {"role": "user", "content": "How deep is the queue?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "42 requests"},
+    ]
+    rendered = str(
+        tokenizer.apply_chat_template(chat, tools=[tool], tokenize=False, add_generation_prompt=True)
+    )
+    assert f"<|system|> Tools: {json.dumps([tool])}<|end|>" in rendered
+    assert rendered.endswith("<|tool|> 42 requests<|end|><|assistant|>")
+
+
+def test_the_configuration_is_what_engines_read() -> None:
+    config = json.loads((demo_model_path() / "config.json").read_text())
+    generation = json.loads((demo_model_path() / "generation_config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (config["head_dim"], config["tie_word_embeddings"], config["dtype"]) == (64, True, "bfloat16")
+    assert config["max_position_embeddings"] >= 4 * COUNT_LIMIT
+    assert generation["eos_token_id"] == config["eos_token_id"]

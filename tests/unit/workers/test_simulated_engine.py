@@ -1,0 +1,371 @@
+"""The simulated engine: exact tokens, exact blocks, vLLM's scheduling, transfers between engines."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import msgspec
+import pytest
+from simulated_engines import Clock, decode_elsewhere, make_engine, make_job, run, submit, tokens_of
+
+from penstock.queue.errors import InvalidRecord
+from penstock.queue.messages import Finish, Stage, Usage
+from penstock.queue.records import PriorityClass
+from penstock.queue.settings import ModelSettings
+from penstock.workers.engine import Engine, Load
+from penstock.workers.settings import WorkerSettings
+from penstock.workers.simulated.engine import SimulatedEngine
+from penstock.workers.simulated.releases import KV_LEASE_S
+from penstock.workers.simulated.step_times import step_times
+from penstock.workers.simulated.tokens import expected_tokens
+
+pytestmark = pytest.mark.unit
+
+PROMPT = list(range(100, 110))
+TIMED = "h100/llama3.1-8b"
+MakeEngine = Callable[..., SimulatedEngine]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def engines(clock: Clock) -> Iterator[MakeEngine]:
+    made: list[SimulatedEngine] = []
+
+    def make(*args: Any, **kwargs: Any) -> SimulatedEngine:
+        made.append(make_engine(clock, *args, **kwargs))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.shutdown()
+        assert engine.used_blocks == 0
+
+
+def prefill(engine: SimulatedEngine, id_: str = "r", **job: Any) -> dict[str, Any]:
+    """Run the prefill of PROMPT; its transfer parameters."""
+    submit(engine, make_job(id_, PROMPT, stage=Stage.PREFILL, **{"max_tokens": 8} | job))
+    (output,) = run(engine)[id_]
+    assert output.finish is Finish.LENGTH
+    assert output.kv is not None
+    assert output.tokens == expected_tokens(PROMPT, 1)
+    return output.kv
+
+
+def decode_job(kv: dict[str, Any] | None, stage: Stage = Stage.DECODE) -> Any:
+    return make_job("r", PROMPT, stage=stage, emitted=expected_tokens(PROMPT, 1), kv=kv, max_tokens=8)
+
+
+def test_is_an_engine(engines: MakeEngine) -> None:
+    engine: Engine = engines()
+    assert engine.info.kv_tokens == 96
+    assert not engine.has_work()
+    assert engine.step() == ([], False)
+
+
+def test_whole_answer(engines: MakeEngine) -> None:
+    engine = engines()
+    submit(engine, make_job("r", PROMPT, max_tokens=8))
+    outputs = run(engine)["r"]
+    assert tokens_of(outputs) == expected_tokens(PROMPT, 8)
+    assert [output.finish for output in outputs] == [None] * 7 + [Finish.LENGTH]
+    assert [output.usage for output in outputs] == [Usage(len(PROMPT)), *[None] * 7]
+    assert not engine.has_work()
+    assert engine.used_blocks == 0
+
+
+def test_continues_what_was_emitted(engines: MakeEngine) -> None:
+    engine = engines()
+    expected = expected_tokens(PROMPT, 8)
+    submit(engine, make_job("r", PROMPT, emitted=expected[:5], max_tokens=8))
+    assert tokens_of(run(engine)["r"]) == expected[5:]
+
+
+@pytest.mark.parametrize(("min_tokens", "length"), [(0, 4), (4, 4), (5, 8)])
+def test_stop_token(engines: MakeEngine, min_tokens: int, length: int) -> None:
+    engine = engines()
+    expected = expected_tokens(PROMPT, 8)
+    stop = expected[3]
+    submit(engine, make_job("r", PROMPT, max_tokens=8, stop_token_ids=[stop], min_tokens=min_tokens))
+    outputs = run(engine)["r"]
+    assert tokens_of(outputs) == expected[:length]
+    stopped = length == 4
+    assert outputs[-1].finish is (Finish.STOP if stopped else Finish.LENGTH)
+    assert outputs[-1].stop_reason == (stop if stopped else None)
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        (make_job("r", [], max_tokens=1), "empty"),
+        (make_job("r", [1] * 60, max_tokens=5), "context"),
+        (make_job("r", [1], emitted=[2, 3], max_tokens=2), "nothing left"),
+        (make_job("r", [1], stage=Stage.DECODE, kv={"engine": 1}, max_tokens=2), "transfer parameters"),
+    ],
+)
+def test_refuses(engines: MakeEngine, job: Any, reason: str) -> None:
+    with pytest.raises(InvalidRecord, match=reason):
+        engines().prepare(job)
+
+
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 17}, {"num_gpu_blocks_override": 15}])
+def test_contradicting_limits(engines: MakeEngine, limits: dict[str, int]) -> None:
+    with pytest.raises(msgspec.ValidationError, match="must"):
+        engines(**limits)
+
+
+def test_other_engine_arguments_are_left_aside() -> None:
+    model = ModelSettings(path="m", max_model_len=128, engine_args={"enforce_eager": True, "block_size": 32})
+    engine = SimulatedEngine(model, WorkerSettings(), "mixed")
+    assert (engine.info.max_model_len, engine.info.block_size) == (128, 32)
+    engine.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("other", "cached"),
+    [({}, 8), ({"tenant": "u"}, 0), ({"cache_salt": "s"}, 0)],
+    ids=["same tenant", "other tenant", "other salt"],
+)
+def test_prefix_cache(engines: MakeEngine, other: dict[str, str], cached: int) -> None:
+    engine = engines()
+    submit(engine, make_job("a", PROMPT, max_tokens=2))
+    run(engine)
+    submit(engine, make_job("b", [*PROMPT, 7], max_tokens=2, **other))
+    assert run(engine)["b"][0].usage == Usage(len(PROMPT) + 1, cached)
+
+
+def test_generated_blocks_are_cached_too(engines: MakeEngine) -> None:
+    engine = engines()
+    submit(engine, make_job("a", PROMPT, max_tokens=10))
+    run(engine)
+    submit(engine, make_job("b", PROMPT + expected_tokens(PROMPT, 10), max_tokens=2))
+    first = run(engine)["b"][0]
+    assert first.usage == Usage(20, 16)
+
+
+def test_long_prompt_is_computed_in_chunks(engines: MakeEngine) -> None:
+    engine = engines()
+    submit(engine, make_job("r", [5] * 40, max_tokens=1))
+    assert [len(engine.step()[0]) for _ in range(3)] == [0, 0, 1]
+
+
+def test_running_requests_come_before_prefill(engines: MakeEngine) -> None:
+    engine = engines()
+    submit(engine, make_job("a", [1], max_tokens=20))
+    engine.step()
+    submit(engine, make_job("b", [2] * 40, max_tokens=1))
+    produced = [[output.id for output in engine.step()[0]] for _ in range(3)]
+    assert produced == [["a"], ["a"], ["a", "b"]]
+
+
+def test_urgent_class_is_admitted_first(engines: MakeEngine) -> None:
+    engine = engines(max_num_seqs=1)
+    for id_, cls in (
+        ("b", PriorityClass.BATCH),
+        ("s", PriorityClass.STANDARD),
+        ("i", PriorityClass.INTERACTIVE),
+    ):
+        submit(engine, make_job(id_, PROMPT, cls=cls, max_tokens=3))
+    assert engine.load() == Load(0, 3, 0)
+    assert list(run(engine)) == ["i", "s", "b"]
+
+
+def test_preempts_the_least_urgent_and_loses_nothing(engines: MakeEngine) -> None:
+    engine = engines(num_gpu_blocks_override=16)
+    prompts = {"batch": [1] * 8, "first": [2] * 8, "second": [3] * 8}
+    classes = {"batch": PriorityClass.BATCH}
+    for id_, prompt in prompts.items():
+        submit(engine, make_job(id_, prompt, cls=classes.get(id_, PriorityClass.STANDARD), max_tokens=24))
+    outputs: dict[str, list[Any]] = {id_: [] for id_ in prompts}
+    waited = set()
+    while engine.has_work():
+        produced, _ = engine.step()
+        for output in produced:
+            outputs[output.id].append(output)
+        if engine.load().waiting:
+            waited |= set(prompts) - {output.id for output in produced}
+    assert waited == {"batch"}
+    for id_, prompt in prompts.items():
+        assert tokens_of(outputs[id_]) == expected_tokens(prompt, 24)
+        assert [output.usage is None for output in outputs[id_]] == [False, *[True] * 23]
+
+
+def test_step_takes_the_time_of_the_profile(engines: MakeEngine, clock: Clock) -> None:
+    engine = engines(TIMED)
+    times = step_times(TIMED)
+    submit(engine, make_job("r", PROMPT, max_tokens=3))
+    durations = []
+    while engine.has_work():
+        started = clock.now
+        engine.step()
+        durations.append(clock.now - started)
+    expected = [times.step_s(10, 100, 0, 0), times.step_s(0, 0, 1, 10), times.step_s(0, 0, 1, 11)]
+    assert durations == pytest.approx(expected, abs=1e-6)
+
+
+def test_instant_never_sleeps(engines: MakeEngine, clock: Clock) -> None:
+    engine = engines()
+    submit(engine, make_job("r", PROMPT, max_tokens=8))
+    started = clock.now
+    run(engine)
+    assert clock.now == started
+
+
+def test_prefill_then_decode(engines: MakeEngine, clock: Clock) -> None:
+    source, target = engines(TIMED, role="prefill"), engines(TIMED, role="decode")
+    kv = prefill(source)
+    assert (kv["tokens"], kv["blocks"], source.used_blocks) == (10, 3, 3)
+    submit(target, decode_job(kv))
+    assert target.step() == ([], False)
+    assert target.load() == Load(1, 0, 12)
+    assert source.step() == ([], False)
+    assert source.used_blocks == 3
+    clock.sleep(step_times(TIMED).transfer_s(10))
+    outputs = run(target)["r"]
+    assert tokens_of(outputs) == expected_tokens(PROMPT, 8)[1:]
+    assert outputs[0].usage == Usage(10, 0, 10)
+    source.step()
+    assert source.used_blocks == 0
+    assert not source.has_work()
+
+
+def test_transfers_share_one_link(engines: MakeEngine, clock: Clock) -> None:
+    source, target = engines(TIMED, role="prefill"), engines(TIMED, role="decode")
+    for id_ in "ab":
+        kv = prefill(source, id_)
+        submit(target, make_job(id_, PROMPT, stage=Stage.DECODE, kv=kv, tenant=id_, max_tokens=8))
+    target.step()
+    clock.sleep(step_times(TIMED).transfer_s(10))
+    assert [output.id for output in target.step()[0]] == ["a"]
+
+
+def test_decode_samples_the_first_token_itself(engines: MakeEngine) -> None:
+    source, target = engines(), engines()
+    kv = prefill(source)
+    submit(target, make_job("r", PROMPT, stage=Stage.DECODE, kv=kv, max_tokens=8))
+    outputs = run(target)["r"]
+    assert tokens_of(outputs) == expected_tokens(PROMPT, 8)
+    assert outputs[0].usage == Usage(10, 0, 9)
+
+
+def test_decode_takes_from_its_own_cache_first(engines: MakeEngine) -> None:
+    source, target = engines(), engines()
+    submit(target, make_job("earlier", PROMPT, max_tokens=1))
+    run(target)
+    submit(target, decode_job(prefill(source)))
+    assert run(target)["r"][0].usage == Usage(10, 8, 2)
+
+
+def test_stopped_prefill_holds_nothing(engines: MakeEngine) -> None:
+    engine = engines()
+    stop = expected_tokens(PROMPT, 1)
+    submit(engine, make_job("r", PROMPT, stage=Stage.PREFILL, max_tokens=8, stop_token_ids=stop))
+    (output,) = run(engine)["r"]
+    assert (output.finish, output.kv) == (Finish.STOP, None)
+    assert engine.used_blocks == 0
+
+
+def test_decode_without_parameters_computes_all(engines: MakeEngine) -> None:
+    engine = engines()
+    submit(engine, decode_job(None))
+    outputs = run(engine)["r"]
+    assert tokens_of(outputs) == expected_tokens(PROMPT, 8)[1:]
+    assert outputs[0].usage == Usage(10)
+
+
+def test_unread_blocks_are_freed_by_their_lease(engines: MakeEngine, clock: Clock) -> None:
+    source, target = engines(), engines()
+    kv = prefill(source)
+    clock.sleep(KV_LEASE_S - 1)
+    source.step()
+    assert source.used_blocks == 3
+    clock.sleep(1)
+    source.step()
+    assert source.used_blocks == 0
+    submit(target, decode_job(kv))
+    outputs = run(target)["r"]
+    assert outputs[0].usage == Usage(10)
+    assert tokens_of(outputs) == expected_tokens(PROMPT, 8)[1:]
+
+
+def test_release_frees_unread_blocks(engines: MakeEngine) -> None:
+    source, target = engines(), engines()
+    submit(target, decode_job(prefill(source), Stage.RELEASE))
+    assert not target.has_work()
+    source.step()
+    assert source.used_blocks == 0
+
+
+def test_release_of_nothing_is_no_work(engines: MakeEngine) -> None:
+    engine = engines()
+    submit(engine, decode_job(None, Stage.RELEASE))
+    assert not engine.has_work()
+
+
+def test_only_the_right_release_counts(engines: MakeEngine) -> None:
+    source, other = engines(), engines()
+    kv = prefill(source)
+    for wrong in ({"engine": "another"}, {"lease": kv["lease"] + 1}):
+        submit(other, decode_job(kv | wrong, Stage.RELEASE))
+    host, port = kv["address"].split(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        stranger.sendto(b"hello", (host, int(port)))
+    source.step()
+    assert source.used_blocks == 3
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2], ids=["waiting", "in the prompt", "decoding"])
+def test_abort(engines: MakeEngine, steps: int) -> None:
+    engine = engines()
+    submit(engine, make_job("r", [4] * 20, max_tokens=8))
+    submit(engine, make_job("s", PROMPT, max_tokens=8))
+    for _ in range(steps):
+        engine.step()
+    engine.abort(["r", "unknown"])
+    assert set(run(engine)) == {"s"}
+    assert engine.used_blocks == 0
+
+
+def test_abort_of_a_held_prefill(engines: MakeEngine) -> None:
+    engine = engines()
+    prefill(engine)
+    engine.abort(["r"])
+    assert engine.used_blocks == 0
+    assert not engine.has_work()
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["waiting", "loading"])
+def test_abort_before_the_transfer_is_over_frees_both_ends(engines: MakeEngine, *, started: bool) -> None:
+    source, target = engines(TIMED), engines(TIMED)
+    submit(target, decode_job(prefill(source)))
+    if started:
+        target.step()
+        assert target.used_blocks == 3
+    target.abort(["r"])
+    source.step()
+    assert (source.used_blocks, target.used_blocks) == (0, 0)
+
+
+def test_same_id_again_replaces_the_first(engines: MakeEngine) -> None:
+    engine = engines()
+    prefill(engine)
+    prefill(engine)
+    assert engine.used_blocks == 3
+
+
+def test_decode_in_another_process(engines: MakeEngine) -> None:
+    source = engines()
+    kv = prefill(source)
+    expected = expected_tokens(PROMPT, 8)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        tokens = pool.submit(decode_elsewhere, PROMPT, expected[:1], kv, 8).result()
+    assert tokens == expected[1:]
+    source.step()
+    assert source.used_blocks == 0

@@ -1,0 +1,166 @@
+"""The Ray Serve application of one pool, and the command that runs it on a local Ray.
+
+``serve deploy`` uses the import path ``penstock.workers.app:app``; settings come from the settings file and environment
+of the process that builds it and are handed to the replicas, which need neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+import threading
+import time
+
+import ray
+import structlog
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from penstock.queue.factory import open_queue
+from penstock.queue.logs import configure_logging
+from penstock.queue.redis_client import connect_async
+from penstock.queue.settings import ModelSettings, QueueSettings, RedisSettings
+from penstock.workers.dispatcher import Dispatcher
+from penstock.workers.replica import EngineReplica
+from penstock.workers.settings import WorkerSettings
+
+APPLICATION = "penstock"
+HEALTH_PERIOD_S = 2
+"""How often Serve looks at a replica; a killed process it notices by itself."""
+GRACE_S = 30
+"""Time a replica gets to end by itself when Serve takes it down."""
+OBJECT_STORE_BYTES = 80 * 1024 * 1024
+"""Ray's minimum, nearly: neither requests nor tokens nor KV caches pass through the object store."""
+RAY_TEMP_VARIABLE = "PENSTOCK_RAY_TEMP"
+"""Folder for the files of a local Ray; short, for a socket's path holds 107 bytes."""
+
+log = structlog.get_logger()
+
+
+class DispatcherReplica:
+    """One dispatcher in its own process, and the head of the application: it names the engine deployments it feeds."""
+
+    async def __init__(  # Serve awaits the constructor
+        self,
+        queue: QueueSettings,
+        redis: RedisSettings,
+        model: ModelSettings,
+        workers: WorkerSettings,
+        engines: list[DeploymentHandle],
+    ) -> None:
+        configure_logging("dispatcher")
+        self._engines = engines
+        self._queue = open_queue(queue, redis, model.pool)
+        dispatcher = Dispatcher(self._queue, connect_async(redis), redis, workers, model.pool)
+        self._task = asyncio.create_task(_run(dispatcher))
+
+    async def __del__(self) -> None:
+        """Serve takes the replica down: hand unfinished deliveries to other dispatchers."""
+        self._task.cancel()
+        await self._queue.close()
+
+
+async def _run(dispatcher: Dispatcher) -> None:
+    """A dispatcher that met what it does not know ends its process; Serve starts another, the queue redelivers."""
+    try:
+        await dispatcher.run()
+    except Exception:
+        log.exception("dispatcher_failed")
+        os._exit(1)
+
+
+def engine_environment(model: ModelSettings) -> dict[str, str]:
+    """Environment of engine processes; what the operator has set already stays."""
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    if not _has_gpu():
+        wanted |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if os.path.isdir(model.path):
+        wanted["HF_HUB_OFFLINE"] = "1"
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def _has_gpu() -> bool:
+    return os.path.exists("/dev/nvidiactl")
+
+
+def build_app(
+    queue: QueueSettings, redis: RedisSettings, model: ModelSettings, workers: WorkerSettings
+) -> Application:
+    """The application: a dispatcher deployment, and one deployment per role of engine."""
+    counts = {"prefill": workers.prefill, "decode": workers.decode, "mixed": workers.mixed}
+    engines = [_engines(role, count, redis, model, workers) for role, count in counts.items() if count]
+    dispatcher = serve.deployment(
+        DispatcherReplica,
+        name="dispatcher",
+        num_replicas=workers.dispatchers,
+        health_check_period_s=HEALTH_PERIOD_S,
+        graceful_shutdown_timeout_s=GRACE_S,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return dispatcher.bind(queue, redis, model, workers, engines)
+
+
+def _engines(
+    role: str, count: int, redis: RedisSettings, model: ModelSettings, workers: WorkerSettings
+) -> Application:
+    deployment = serve.deployment(
+        EngineReplica,
+        name=role,
+        num_replicas=count,
+        health_check_period_s=HEALTH_PERIOD_S,
+        graceful_shutdown_timeout_s=GRACE_S,
+        ray_actor_options={
+            "num_cpus": workers.cpus_per_replica,
+            "num_gpus": workers.gpus_per_replica,
+            "runtime_env": {"env_vars": engine_environment(model)},
+        },
+    )
+    return deployment.bind(redis, model, workers, role)
+
+
+def app(_: dict[str, str] | None = None) -> Application:
+    """Builder for ``serve deploy`` (import path ``penstock.workers.app:app``): settings from file and environment."""
+    return build_app(QueueSettings(), RedisSettings(), ModelSettings(), WorkerSettings())
+
+
+def run_local(temp_dir: str | None = None) -> None:
+    """Run the application on a Ray of this machine's own until SIGTERM or SIGINT; then take it down."""
+    configure_logging("workers")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    workers = WorkerSettings()
+    replicas = workers.prefill + workers.decode + workers.mixed
+    started = time.monotonic()
+    ray.init(
+        num_cpus=max(1, math.ceil(workers.cpus_per_replica * replicas)),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=True,
+        _temp_dir=temp_dir,
+    )
+    try:
+        serve.start(proxy_location="Disabled")
+        log.info("ray_ready", seconds=round(time.monotonic() - started, 1))
+        serve.run(app(), name=APPLICATION, route_prefix=None)
+        log.info("workers_ready", seconds=round(time.monotonic() - started, 1))
+        stop.wait()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def main() -> None:
+    """``penstock workers``."""
+    run_local(os.environ.get(RAY_TEMP_VARIABLE))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Train the demo model on one CPU core: `python -m penstock.workers.demo_model.train [--out DIR]`.
+
+Three savings make minutes out of an hour. Only the answers' tokens go through the output layer. Most answers are
+cut after their first tokens, for that is where the topic is decided. And most counting examples show a short window
+of the count at its true positions: the successor and the stop ("the prompt holds this very number") need no more,
+so that a few whole counts are enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from penstock.workers.demo_model import demo_model_path, qa_hash
+from penstock.workers.demo_model.corpus import COUNT_LIMIT, Augmenter, Corpus, counting, load_corpus
+from penstock.workers.demo_model.tokenization import END, PAD, SPACE, build_tokenizer
+
+SEED = 7
+STEPS = 3000
+BATCH = 20
+POOLED = 10  # batches drawn together and sorted by length
+PEAK_RATE = 1.5e-3
+WARM_UP = 100
+MAX_POSITIONS = 4096
+HEADS, KEY_HEADS = 4, 2
+ROPE_BASE = 1e6  # slow rotations: a number must match itself in the prompt a thousand positions away
+IGNORED = -100  # the label of a position without a target
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids with their positions, and the target of each position (`IGNORED` for none)."""
+
+    tokens: list[int]
+    positions: list[int]
+    targets: list[int]
+
+
+class ExampleFactory:
+    """Draws training examples, the same ones for the same seed."""
+
+    def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+        self._corpus, self._tokenizer = corpus, tokenizer
+        self._rng = random.Random(seed)
+        self._augmenter = Augmenter(corpus, seed + 1)
+        self._numbers = self._encode(counting(COUNT_LIMIT))
+        self._end: int = tokenizer.convert_tokens_to_ids(END)
+
+    def batches(self, count: int) -> Iterator[list[Example]]:
+        """`count` batches of examples of like length (little padding); every twentieth is one whole count."""
+        for index in range(count):
+            if index % POOLED == 0:
+                pool = self._pool()
+            yield [self._count(whole=True)] if index % 20 == 19 else pool[index % POOLED]
+
+    def _pool(self) -> list[list[Example]]:
+        draw = (
+            self._count(whole=False) if self._rng.random() < 0.2 else self._answer()
+            for _ in range(POOLED * BATCH)
+        )
+        ordered = sorted(draw, key=lambda example: len(example.tokens))
+        batches = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
+        self._rng.shuffle(batches)
+        return batches
+
+    def _answer(self) -> Example:
+        off_topic = self._rng.random() < 0.12
+        topic = self._corpus.off_topic if off_topic else self._rng.choice(self._corpus.topics)
+        prompt = self._prompt(self._augmenter.question(topic))
+        answer = [*self._encode(topic.answer), self._end]
+        if self._rng.random() < 0.6:
+            answer = answer[: self._rng.randint(4, 12)]
+        return _example(prompt, answer, first=0)
+
+    def _count(self, *, whole: bool) -> Example:
+        limit = self._rng.choice((COUNT_LIMIT, COUNT_LIMIT, 100, 20))
+        number = self._rng.randint(1, limit)
+        answer = [*self._numbers[:number], self._end]
+        prompt = self._prompt(self._rng.choice(self._corpus.count_forms).format(number))
+        if whole:
+            return _example(prompt, answer, first=0)
+        length = self._rng.choice((1, 2, 3, 8))
+        last = len(answer) if self._rng.random() < 0.6 else self._rng.randint(1, len(answer))
+        return _example(prompt, answer[:last], first=max(0, last - length))
+
+    def _prompt(self, question: str) -> list[int]:
+        messages: list[dict[str, str]] = []
+        if self._rng.random() < 0.2:
+            messages.append({"role": "system", "content": self._rng.choice(self._corpus.systems)})
+        if self._rng.random() < 0.06:
+            earlier = self._rng.choice(self._corpus.all_topics())
+            messages.append({"role": "user", "content": self._augmenter.question(earlier)})
+            messages.append({"role": "assistant", "content": earlier.answer})
+        messages.append({"role": "user", "content": question})
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self._encode(str(text))
+
+    def _encode(self, text: str) -> list[int]:
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return tokens
+
+
+def _example(prompt: list[int], answer: list[int], first: int) -> Example:
+    """The prompt and `answer[first:]` at its true positions; the prompt always predicts `answer[0]`."""
+    shown = answer[first:]
+    positions = [*range(len(prompt)), *range(len(prompt) + first, len(prompt) + len(answer))]
+    targets = [*[IGNORED] * (len(prompt) - 1), answer[0], *shown[1:], IGNORED]
+    return Example([*prompt, *shown], positions, targets)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of about four million weights, freshly initialised."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_HEADS,
+        head_dim=64,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    _code_numbers(model, tokenizer)
+    for layer in model.model.layers:
+        _match_alike(layer.self_attn)
+    return model
+
+
+@torch.no_grad()
+def _code_numbers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Start the numbers' embeddings as waves of random frequencies, as in sinusoidal position codes.
+
+    The successor is then one rotation, the same for all numbers, and equal numbers are those with a large dot
+    product: what is learnt of a few numbers holds for the thousand.
+    """
+    embeddings = model.get_input_embeddings().weight
+    ids = tokenizer.convert_tokens_to_ids([f"{SPACE}{n}" for n in range(1, COUNT_LIMIT + 1)])
+    frequencies = torch.rand(embeddings.shape[1] // 2) * torch.pi
+    angles = torch.arange(1, COUNT_LIMIT + 1)[:, None] * frequencies
+    waves = torch.cat((angles.cos(), angles.sin()), dim=1)
+    embeddings[ids] = waves * 2**0.5 * model.config.initializer_range  # as long as the other embeddings
+
+
+@torch.no_grad()
+def _match_alike(attention: torch.nn.Module) -> None:
+    """Start with queries equal to keys, so that a token attends to its like: the count's stop is such a match.
+
+    After mimetic initialisation (Trockman and Kolter, 2023); without it the match takes thousands of steps to emerge.
+    """
+    keys = attention.k_proj.weight
+    keys.mul_(2)
+    attention.q_proj.weight.copy_(
+        keys.view(KEY_HEADS, 1, -1).repeat(1, HEADS // KEY_HEADS, 1).view_as(attention.q_proj.weight)
+    )
+
+
+def loss_of(model: LlamaForCausalLM, examples: list[Example], pad: int) -> torch.Tensor:
+    """Mean cross-entropy over the batch's targets (a scalar); causal attention never sees the padding on the right."""
+    width = max(len(example.tokens) for example in examples)
+    tokens = torch.tensor([_padded(example.tokens, width, pad) for example in examples])
+    positions = torch.tensor([_padded(example.positions, width, 0) for example in examples])
+    targets = torch.tensor([_padded(example.targets, width, IGNORED) for example in examples])
+    # The mask of ones says that a jump in the positions is no border between packed sequences.
+    hidden = model.model(
+        input_ids=tokens, position_ids=positions, attention_mask=torch.ones_like(tokens)
+    ).last_hidden_state
+    wanted = targets != IGNORED
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), targets[wanted])
+
+
+def _padded(values: list[int], width: int, filler: int) -> list[int]:
+    return [*values, *[filler] * (width - len(values))]
+
+
+def fit(model: LlamaForCausalLM, factory: ExampleFactory, pad: int, steps: int) -> None:
+    """AdamW with warm-up and a cosine schedule; shows a progress bar."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    )
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=WARM_UP)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - WARM_UP)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [WARM_UP])
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    average = 0.0
+    with Progress(*columns) as progress:
+        task = progress.add_task("training", total=steps, loss=average)
+        for step, batch in enumerate(factory.batches(steps)):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch, pad)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
+            progress.update(task, advance=1, loss=average)
+
+
+def tokenizer_texts(corpus: Corpus) -> list[str]:
+    """What the tokenizer learns its words from: varied questions and the answers."""
+    augmenter = Augmenter(corpus, SEED)
+    questions = [augmenter.question(topic) for topic in corpus.all_topics() for _ in range(300)]
+    return [
+        *questions,
+        *(topic.answer for topic in corpus.all_topics() for _ in range(20)),
+        *corpus.systems,
+        *corpus.count_forms,
+    ]
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the bfloat16 model, its tokenizer and the hash of what it was trained on; replaces `out` as a whole."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        target = Path(scratch) / "weights"
+        model.to(torch.bfloat16).save_pretrained(target)
+        tokenizer.save_pretrained(target, save_jinja_files=False)
+        (target / "qa.sha256").write_text(qa_hash() + "\n")
+        shutil.rmtree(out, ignore_errors=True)
+        target.rename(out)
+
+
+def train(out: Path, steps: int = STEPS) -> None:
+    """Train from scratch and write the model to `out`."""
+    corpus = load_corpus()
+    tokenizer = build_tokenizer(tokenizer_texts(corpus), MAX_POSITIONS)
+    model = build_model(tokenizer)
+    started = time.monotonic()
+    fit(model, ExampleFactory(corpus, tokenizer, SEED), tokenizer.convert_tokens_to_ids(PAD), steps)
+    save(model, tokenizer, out)
+    print(f"{model.num_parameters():,} weights trained in {time.monotonic() - started:.0f} s: {out}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=demo_model_path(), help="where the model is written")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    train(arguments.out, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()

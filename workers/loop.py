@@ -1,0 +1,201 @@
+"""The engine loop: the one thread that owns an engine, and the writer thread behind it.
+
+    inbox thread ──prepared──> engine thread ──step outputs──> writer thread ──one script call──> token log
+
+The engine thread never waits for Redis. The writer coalesces what has piled up while a call was under way, in order.
+After vLLM's ``EngineCoreProc.run_busy_loop``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NamedTuple
+
+import structlog
+
+from penstock.queue.errors import StoreUnavailable
+from penstock.queue.messages import Finish, Stage, StreamError
+from penstock.queue.token_log import Append, AppendStatus, TokenWriter
+from penstock.workers.engine import Engine, Output
+from penstock.workers.metrics import EngineMetrics
+from penstock.workers.stream import Stream
+
+TRANSFER_POLL_S = 0.0005
+"""Pause between steps that run nothing because KV caches are in flight: lets the transfer threads have the GIL."""
+STORE_RETRY_S = 0.1
+"""Pause before a failed append is tried again. Redis restarts take longer; the steps made meanwhile are kept."""
+
+log = structlog.get_logger()
+
+
+class Admit(NamedTuple):
+    """A prepared request and the stream it feeds."""
+
+    stream: Stream
+    prepared: Any
+
+
+class Cancel(NamedTuple):
+    """Abort these requests, whatever attempt of them runs here, and append their end."""
+
+    request_ids: list[str]
+
+
+class Forget(NamedTuple):
+    """Abort these jobs without a word: their attempt is no longer the valid one."""
+
+    job_ids: list[str]
+
+
+class Refuse(NamedTuple):
+    """A request that could not be prepared: append its error."""
+
+    stream: Stream
+    error: StreamError
+
+
+Item = Admit | Cancel | Forget | Refuse
+Produced = tuple[Stream, Output]
+
+
+class EngineLoop:
+    """Runs one engine until :meth:`stop`. An exception in either thread ends the process: a half-dead engine is worse
+    than none."""
+
+    def __init__(self, engine: Engine, writer: TokenWriter, metrics: EngineMetrics) -> None:
+        self._engine = engine
+        self._log = writer
+        self._metrics = metrics
+        self._inbox: SimpleQueue[Item | None] = SimpleQueue()
+        self._outbox: SimpleQueue[list[Produced] | None] = SimpleQueue()
+        self._streams: dict[str, Stream] = {}
+        self._threads = [
+            Thread(target=fatal(self._run_engine), name="engine", daemon=True),
+            Thread(target=fatal(self._run_writer), name="token-writer", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Start both threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop after the step under way; what was produced is written first."""
+        self._inbox.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def submit(self, item: Item) -> None:
+        """Hand work to the engine thread; called by the inbox thread."""
+        self._inbox.put(item)
+
+    # -- engine thread
+
+    def _run_engine(self) -> None:
+        engine, inbox = self._engine, self._inbox
+        while True:
+            if (not engine.has_work() or not inbox.empty()) and not self._take():
+                break
+            if engine.has_work():
+                self._step()
+        self._outbox.put(None)
+        engine.shutdown()
+
+    def _take(self) -> bool:
+        """Wait for one item, then take all there is. False: stop."""
+        while True:
+            item = self._inbox.get()
+            if item is None:
+                return False
+            self._handle(item)
+            if self._inbox.empty():
+                return True
+
+    def _handle(self, item: Item) -> None:
+        if isinstance(item, Admit):
+            if item.stream.stage is not Stage.RELEASE:
+                self._streams[item.stream.job_id] = item.stream
+            self._engine.add(item.prepared)
+        elif isinstance(item, Refuse):
+            self._outbox.put([(item.stream, Output(item.stream.job_id, [], error=item.error))])
+        elif isinstance(item, Forget):
+            self._drop([self._streams[id_] for id_ in item.job_ids if id_ in self._streams])
+        else:
+            gone = [stream for stream in self._streams.values() if stream.request_id in item.request_ids]
+            self._drop(gone)
+            self._outbox.put([(stream, Output(stream.job_id, [], finish=Finish.ABORT)) for stream in gone])
+
+    def _drop(self, streams: list[Stream]) -> None:
+        self._engine.abort([stream.job_id for stream in streams])
+        for stream in streams:
+            del self._streams[stream.job_id]
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        outputs, executed = self._engine.step()
+        if outputs:
+            self._outbox.put([pair for output in outputs if (pair := self._route(output)) is not None])
+        if executed:
+            self._metrics.step(time.perf_counter() - started, outputs)
+        elif self._engine.has_work():
+            time.sleep(TRANSFER_POLL_S)
+
+    def _route(self, output: Output) -> Produced | None:
+        finished = output.finish is not None
+        stream = self._streams.pop(output.id, None) if finished else self._streams.get(output.id)
+        return None if stream is None else (stream, output)
+
+    # -- writer thread
+
+    def _run_writer(self) -> None:
+        while (produced := self._collect()) is not None:
+            if produced:
+                self._write(produced)
+
+    def _collect(self) -> list[Produced] | None:
+        """Everything produced since the last call; None at the end."""
+        produced = self._outbox.get()
+        while produced is not None and not self._outbox.empty():
+            more = self._outbox.get()
+            if more is None:
+                self._outbox.put(None)
+                break
+            produced = produced + more
+        return produced
+
+    def _write(self, produced: list[Produced]) -> None:
+        entries = [stream.append(output) for stream, output in produced]
+        statuses = self._append(entries)
+        stale = []
+        for (stream, _), status in zip(produced, statuses, strict=True):
+            if status not in (AppendStatus.OK, AppendStatus.LOST):
+                stale.append(stream.job_id)
+                log.warning("append_refused", request_id=stream.request_id, attempt=stream.attempt, status=status)
+        if stale:
+            self.submit(Forget(stale))
+
+    def _append(self, entries: list[Append]) -> list[AppendStatus]:
+        """Append until it is done: tokens that exist are never thrown away because Redis is away."""
+        while True:
+            try:
+                return self._log.append(entries)
+            except StoreUnavailable as error:
+                log.warning("token_log_unavailable", error=str(error), entries=len(entries))
+                time.sleep(STORE_RETRY_S)
+
+
+def fatal(run: Callable[[], None]) -> Callable[[], None]:
+    """``run``, but an exception in it ends the process."""
+
+    def guarded() -> None:
+        try:
+            run()
+        except BaseException:
+            log.exception("engine_thread_failed")
+            os._exit(1)
+
+    return guarded

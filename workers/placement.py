@@ -1,0 +1,118 @@
+"""Which replica gets a request: credits, prefix affinity, and the better of two.
+
+A replica is only given what it has room for (sequences and KV cache tokens); everything else waits in the queue, where
+it can still be ordered, counted and cancelled.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from penstock.queue.records import PREFIX_BLOCK_TOKENS
+from penstock.queue.registry import Replica
+
+ANSWER_RESERVE_TOKENS = 256
+"""KV cache reserved for an answer at most. Most answers are far shorter than ``max_tokens``; an engine that does run out
+preempts by itself, so reserving the worst case would only leave its cache empty."""
+PREFILL_AHEAD_TOKENS = 16_384
+"""Prompt tokens given to one prefill replica ahead: two steps' worth, so that it never waits and a more urgent prompt
+is never far behind."""
+REMEMBERED_BLOCKS = 65_536
+"""Prefix hashes remembered per replica: four million tokens, more than a KV cache holds."""
+OVERLOADED = 0.9
+"""Share of a replica's room above which a longer cached prefix no longer attracts requests."""
+
+
+class Seat:
+    """One replica as a dispatcher sees it: what it gave it and has not had back."""
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self.foreign = 0
+        self._held: dict[str, int] = {}
+        self._tokens = 0
+        self._prefixes: OrderedDict[bytes, None] = OrderedDict()
+        prefill = replica.role == "prefill"
+        self._token_limit = min(replica.kv_tokens, PREFILL_AHEAD_TOKENS) if prefill else replica.kv_tokens
+
+    @property
+    def requests(self) -> int:
+        """Requests it may still be given."""
+        return self.replica.max_seqs - len(self._held) - self.foreign
+
+    @property
+    def tokens(self) -> int:
+        """Tokens it may still be given."""
+        return self._token_limit - self._tokens
+
+    @property
+    def use(self) -> float:
+        """Share of its room in use, by whichever of requests and tokens is scarcer."""
+        requests = 1 - self.requests / self.replica.max_seqs
+        return max(requests, self._tokens / max(1, self._token_limit))
+
+    def fits(self, tokens: int) -> bool:
+        """Whether there is room. An empty replica takes any size, so that a long prompt cannot wait for ever."""
+        return self.requests > 0 and (tokens <= self.tokens or not self._held)
+
+    def take(self, request_id: str, tokens: int, prefix: Iterable[bytes]) -> None:
+        """Reserve room, and remember that the replica will have this prefix cached."""
+        self._held[request_id] = tokens
+        self._tokens += tokens
+        for digest in prefix:
+            self._prefixes[digest] = None
+            self._prefixes.move_to_end(digest)
+        while len(self._prefixes) > REMEMBERED_BLOCKS:
+            self._prefixes.popitem(last=False)
+
+    def give_back(self, request_id: str) -> None:
+        """Free the room of one request; unknown ids are ignored."""
+        self._tokens -= self._held.pop(request_id, 0)
+
+    def cached(self, prefix: Sequence[bytes]) -> int:
+        """Tokens of this prefix the replica is likely to have cached."""
+        matched = 0
+        for digest in prefix:
+            if digest not in self._prefixes:
+                break
+            matched += 1
+        return matched * PREFIX_BLOCK_TOKENS
+
+    def refresh(self, replica: Replica, *, shared: bool) -> None:
+        """Take in a heartbeat. With other dispatchers about, what they gave it counts too."""
+        self.replica = replica
+        self.foreign = max(0, replica.running + replica.waiting - len(self._held)) if shared else 0
+
+
+class Pool:
+    """The live replicas of one role."""
+
+    def __init__(self) -> None:
+        self.seats: dict[str, Seat] = {}
+
+    def refresh(self, alive: Iterable[Replica], *, shared: bool) -> None:
+        """Take in the registry: new replicas, heartbeats, and the gone."""
+        seen = {replica.id: replica for replica in alive}
+        self.seats = {id_: seat for id_, seat in self.seats.items() if id_ in seen}
+        for id_, replica in seen.items():
+            self.seats.setdefault(id_, Seat(replica)).refresh(replica, shared=shared)
+
+    def room(self) -> tuple[int, int]:
+        """Requests and tokens the whole pool may still be given."""
+        open_seats = [seat for seat in self.seats.values() if seat.requests > 0]
+        return sum(seat.requests for seat in open_seats), sum(max(0, seat.tokens) for seat in open_seats)
+
+    def choose(self, tokens: int, prefix: Sequence[bytes]) -> Seat | None:
+        """The replica with the longest cached prefix unless it is overloaded, else the less loaded of two at random.
+
+        Power of two choices: Mitzenmacher, 2001. Affinity with an overload guard: SGLang's cache-aware router.
+        """
+        fitting = [seat for seat in self.seats.values() if seat.fits(tokens)]
+        if not fitting:
+            return None
+        best = max(fitting, key=lambda seat: seat.cached(prefix))
+        if best.cached(prefix) and best.use < OVERLOADED:
+            return best
+        return min(random.sample(fitting, min(2, len(fitting))), key=lambda seat: seat.use)

@@ -1,0 +1,43 @@
+"""How many engines, of which kind, and how work is divided between them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from penstock.queue.settings import Section
+
+
+class WorkerSettings(Section):
+    """The Ray Serve application of one pool."""
+
+    section = "workers"
+    model_config = SettingsConfigDict(env_prefix="PENSTOCK_WORKERS_", extra="forbid", frozen=True)
+
+    prefill: int = Field(default=1, ge=0, description="Prefill replicas.")
+    decode: int = Field(default=1, ge=0, description="Decode replicas.")
+    mixed: int = Field(default=0, ge=0, description="Replicas that do both; used instead of prefill and decode.")
+    dispatchers: int = Field(default=1, ge=1)
+    engine: Literal["vllm", "simulated"] = "vllm"
+    short_prompt_tokens: int = Field(
+        default=32, ge=0, description="Uncached prompts up to this length skip the prefill pool."
+    )
+    max_attempts: int = Field(default=3, ge=1, description="Dispatches of one request before it is dead-lettered.")
+    nixl_progress_delay_us: int = Field(
+        default=1000, ge=0, description="Pause of NIXL's progress thread; 0 spins a core, right only with cores to spare."
+    )
+    gpus_per_replica: float = Field(default=0, ge=0)
+    cpus_per_replica: float = Field(default=1, ge=0)
+    step_profile: str = Field(
+        default="instant", description="Step times of the simulated engine: instant, or GPU/MODEL such as h100/llama3.1-8b."
+    )
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> WorkerSettings:
+        if self.mixed and (self.prefill or self.decode):
+            raise ValueError("set either mixed, or prefill and decode: mixed replicas do both; set the others to 0")
+        if not self.mixed and not (self.prefill and self.decode):
+            raise ValueError("a pool needs at least one prefill and one decode replica, or mixed replicas")
+        return self
