@@ -52,21 +52,20 @@ class Intake:
         """Add entries read from the broker and wake whoever waits."""
         for entry in entries:
             heapq.heappush(self._waiting, entry)
-        self.wake()
+            self._changed.set()
 
     def wake(self) -> None:
-        """Let :meth:`changed` return: something may be there, or something went wrong."""
+        """Let :meth:`changed` return: something went wrong or came to an end."""
         self._changed.set()
+
+    async def changed(self) -> None:
+        """Wait for a :meth:`put` or :meth:`wake` since the last :meth:`take`."""
+        await self._changed.wait()
 
     @property
     def ready(self) -> bool:
         """Whether an entry waits here."""
         return bool(self._waiting)
-
-    async def changed(self) -> None:
-        """Wait for the next :meth:`put` or :meth:`wake`."""
-        self._changed.clear()
-        await self._changed.wait()
 
     def held(self) -> list[Held]:
         """What waits here, by class."""
@@ -120,6 +119,7 @@ class Intake:
         self._loaned = {position: entry for position, entry in self._loaned.items() if ours(position)}
 
     def _pop(self, budget: Budget) -> list[Entry]:
+        self._changed.clear()
         taken: list[Entry] = []
         tokens = budget.tokens
         while self._waiting and len(taken) < budget.requests:

@@ -11,6 +11,7 @@ A consumer that reached the broker once waits in :meth:`KafkaQueue.pull` through
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -167,16 +168,14 @@ class KafkaQueue:
 
     async def _arrival(self) -> None:
         """Wait for the next entries; raises when the poll thread has died or hangs."""
-        if self._intake.ready:
-            return
-        try:
-            await asyncio.wait_for(self._intake.changed(), STALL_S)
-        except TimeoutError:
-            if not self.healthy:
-                raise QueueUnavailable("the Kafka poll thread hangs") from None
+        if self._failure is None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._intake.changed(), STALL_S)
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise QueueUnavailable(f"the Kafka consumer stopped: {failure!r}") from failure
+        if not self.healthy:
+            raise QueueUnavailable("the Kafka poll thread hangs")
 
     def _finish(self, entries: Sequence[Entry]) -> None:
         if self._poller is not None:
@@ -216,7 +215,7 @@ class KafkaQueue:
                 poller = PollThread(self._settings, self._topics, self)
                 poller.start()
                 await asyncio.wrap_future(poller.connected)
-                self._poller = poller
+                self._poller, self._failure = poller, None
 
     async def _call(self, function: Callable[[], T], timeout_s: float) -> T:
         """Run a blocking call of the client on its thread."""

@@ -194,11 +194,11 @@ class RedisStreamsQueue:
 
     async def _arrival(self) -> bool:
         """Wait until an entry arrives or is given back; False when none did for a while."""
-        if self._reader is None:
-            self._reader = asyncio.create_task(self._block())
-        await self._intake.changed()
-        if self._reader.done():
-            reader, self._reader = self._reader, None
+        reader = self._reader = self._reader or asyncio.create_task(self._block())
+        if not reader.done():
+            await self._intake.changed()
+        if reader.done():
+            self._reader = None
             reader.result()
         return self._intake.ready
 

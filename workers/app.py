@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import ray
 import structlog
@@ -19,11 +20,9 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from penstock.queue.factory import open_queue
 from penstock.queue.logs import configure_logging
-from penstock.queue.redis_client import connect_async
 from penstock.queue.settings import ModelSettings, QueueSettings, RedisSettings
-from penstock.workers.dispatcher import Dispatcher
+from penstock.workers.dispatch_process import run_dispatcher
 from penstock.workers.replica import EngineReplica
 from penstock.workers.settings import WorkerSettings
 
@@ -34,6 +33,14 @@ GRACE_S = 30
 """Time a replica gets to end by itself when Serve takes it down."""
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 """Ray's minimum, nearly: neither requests nor tokens nor KV caches pass through the object store."""
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+"""Engines without a GPU: 1 GiB of KV cache and one thread each, and no compiler, which would stall the whole engine for
+twenty seconds at the first request for log probabilities."""
 RAY_TEMP_VARIABLE = "PENSTOCK_RAY_TEMP"
 """Folder for the files of a local Ray; short, for a socket's path holds 107 bytes."""
 
@@ -53,23 +60,13 @@ class DispatcherReplica:
     ) -> None:
         configure_logging("dispatcher")
         self._engines = engines
-        self._queue = open_queue(queue, redis, model.pool)
-        dispatcher = Dispatcher(self._queue, connect_async(redis), redis, workers, model.pool)
-        self._task = asyncio.create_task(_run(dispatcher))
+        self._running = asyncio.create_task(run_dispatcher(queue, redis, model, workers))
 
     async def __del__(self) -> None:
         """Serve takes the replica down: hand unfinished deliveries to other dispatchers."""
-        self._task.cancel()
-        await self._queue.close()
-
-
-async def _run(dispatcher: Dispatcher) -> None:
-    """A dispatcher that met what it does not know ends its process; Serve starts another, the queue redelivers."""
-    try:
-        await dispatcher.run()
-    except Exception:
-        log.exception("dispatcher_failed")
-        os._exit(1)
+        self._running.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._running
 
 
 def engine_environment(model: ModelSettings) -> dict[str, str]:
@@ -80,7 +77,7 @@ def engine_environment(model: ModelSettings) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     if not _has_gpu():
-        wanted |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        wanted |= CPU_ENVIRONMENT
     if os.path.isdir(model.path):
         wanted["HF_HUB_OFFLINE"] = "1"
     return {name: os.environ.get(name, value) for name, value in wanted.items()}

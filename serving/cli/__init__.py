@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "Run the whole stack on this machine and stream an answer.",
     "ingress": "Serve the OpenAI-compatible API.",
     "workers": "Run the engines and the dispatcher on a local Ray.",
+    "dispatcher": "Run one dispatcher by itself, without Ray.",
     "keys": "Create, list and revoke API keys.",
     "queue": "Look into the queue.",
     "config": "Print the effective settings, their names and where each comes from.",

@@ -21,12 +21,11 @@ SLOTS = ("nouns", "actions", "events", "reasons")
 COUNT_LIMIT = 1000
 
 # Words a question can lose and still ask the same.
-_FUNCTION_WORDS = frozenset(
-    """
+_OPTIONAL_WORDS = """
     a an and are can could do does for from give how i if in is it me my of on please should so tell
     that the this to was what what's when which who will with would you your there be have has by
-    """.split()
-)
+"""
+_FUNCTION_WORDS = frozenset(_OPTIONAL_WORDS.split())
 _FILLERS = (
     "really",
     "just",
@@ -53,7 +52,8 @@ _WRITTEN = {word.lower(): word for word in _PROPER_NAMES.split()}
 class Topic:
     """One answer and the ways to ask for it.
 
-    `asked` are questions as people put them, `expanded` come from templates; `plain` ones (greetings) take no courtesies.
+    `asked` are questions as people put them, `expanded` come from templates; `plain` ones (greetings) take no
+    courtesies.
     """
 
     id: str

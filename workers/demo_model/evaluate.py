@@ -1,4 +1,4 @@
-"""Measure the demo model: `python -m penstock.workers.demo_model.evaluate [--model DIR]`; exits 1 below a goal.
+"""Measure the demo model: `python -m penstock.workers.demo_model.evaluate`; exits 1 below a goal.
 
 A greedy answer is exact if and only if each of the right answer's tokens is the most likely one after those
 before it. So one forward pass over question and answer says whether greedy decoding would give the answer, a

@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: byte-level BPE learnt from the corpus, with one token for each number up to 1,000."""
+"""The demo model's tokenizer: byte-level BPE learnt from the corpus, one token for each number to 1,000."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPECIALS = (BOS, END, PAD, *ROLES)
 LEARNT_MERGES = 1650
 SPACE = "Ġ"  # how byte-level BPE writes a space
 
-# A space follows every role but the assistant's: a first word is then the same token as the word inside a sentence.
+# A space follows every role but the assistant's: a first word is then the same token as inside a sentence.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- set rest = messages -%}
@@ -31,7 +31,8 @@ CHAT_TEMPLATE = """\
 {%- for message in rest -%}
 {%- set text = (message.content or '') | trim -%}
 {%- if message.role == 'assistant' -%}
-{{ '<|assistant|>' + text }}{%- if message.tool_calls %}{{ message.tool_calls | tojson }}{%- endif -%}{{ '<|end|>' }}
+{{ '<|assistant|>' + text }}
+{%- if message.tool_calls -%}{{ message.tool_calls | tojson }}{%- endif -%}{{ '<|end|>' }}
 {%- elif message.role == 'tool' -%}{{ '<|tool|> ' + text + '<|end|>' }}
 {%- elif message.role == 'user' -%}{{ '<|user|> ' + text + '<|end|>' }}
 {%- else -%}{{ '<|system|> ' + text + '<|end|>' }}
@@ -63,7 +64,7 @@ def build_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenize
 
 
 def _number_merges() -> list[tuple[str, str]]:
-    """Merges for " 2", " 20", " 200": each number is its prefix, which is a number too, and one more digit."""
+    """Merges for " 2", " 20", " 200": each number is a shorter number, or a space, and one more digit."""
     return [(SPACE + str(n)[:-1], str(n)[-1]) for n in range(1, COUNT_LIMIT + 1)]
 
 

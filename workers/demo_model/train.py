@@ -1,9 +1,9 @@
 """Train the demo model on one CPU core: `python -m penstock.workers.demo_model.train [--out DIR]`.
 
-Three savings make minutes out of an hour. Only the answers' tokens go through the output layer. Most answers are
-cut after their first tokens, for that is where the topic is decided. And most counting examples show a short window
-of the count at its true positions: the successor and the stop ("the prompt holds this very number") need no more,
-so that a few whole counts are enough.
+Three savings make minutes out of an hour. Only the answers' tokens go through the output layer. Most answers
+are cut after their first tokens, for that is where the topic is decided. And most counting examples show a
+short window of the count at its true positions: the successor and the stop ("the prompt holds this very
+number") need no more, so that a few whole counts are enough.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ExampleFactory:
         self._end: int = tokenizer.convert_tokens_to_ids(END)
 
     def batches(self, count: int) -> Iterator[list[Example]]:
-        """`count` batches of examples of like length (little padding); every twentieth is one whole count."""
+        """`count` batches of examples of like length; every twentieth is one whole count."""
         for index in range(count):
             if index % POOLED == 0:
                 pool = self._pool()
@@ -160,9 +160,9 @@ def _code_numbers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -
 
 @torch.no_grad()
 def _match_alike(attention: torch.nn.Module) -> None:
-    """Start with queries equal to keys, so that a token attends to its like: the count's stop is such a match.
+    """Start with queries equal to keys, so that a token attends to its like, as the count's stop needs it.
 
-    After mimetic initialisation (Trockman and Kolter, 2023); without it the match takes thousands of steps to emerge.
+    After mimetic initialisation (Trockman and Kolter, 2023).
     """
     keys = attention.k_proj.weight
     keys.mul_(2)
@@ -172,7 +172,7 @@ def _match_alike(attention: torch.nn.Module) -> None:
 
 
 def loss_of(model: LlamaForCausalLM, examples: list[Example], pad: int) -> torch.Tensor:
-    """Mean cross-entropy over the batch's targets (a scalar); causal attention never sees the padding on the right."""
+    """Mean cross-entropy over the targets (a scalar); causal attention never sees the padding on the right."""
     width = max(len(example.tokens) for example in examples)
     tokens = torch.tensor([_padded(example.tokens, width, pad) for example in examples])
     positions = torch.tensor([_padded(example.positions, width, 0) for example in examples])
@@ -231,7 +231,7 @@ def tokenizer_texts(corpus: Corpus) -> list[str]:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write the bfloat16 model, its tokenizer and the hash of what it was trained on; replaces `out` as a whole."""
+    """Write the bfloat16 model, its tokenizer and the hash of its questions; replaces `out` as a whole."""
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         target = Path(scratch) / "weights"
         model.to(torch.bfloat16).save_pretrained(target)

@@ -107,7 +107,7 @@ class Scheduler:
             self._remember(request, request.computed + tokens)
 
     def _allocate(self, request: SimRequest) -> bool:
-        """Take blocks for the whole input, if there are. Its last token is never skipped, but sampled from."""
+        """Take blocks for the whole input, if there are. Its last token is always computed: to sample."""
         size, total = self._limits.block_size, len(request.tokens)
         matched = self._kv.match(request.hashes[: (total - 1) // size])
         blocks = self._kv.take(matched, -(-total // size) - len(matched))

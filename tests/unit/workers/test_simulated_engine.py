@@ -133,7 +133,7 @@ def test_other_engine_arguments_are_left_aside() -> None:
     [({}, 8), ({"tenant": "u"}, 0), ({"cache_salt": "s"}, 0)],
     ids=["same tenant", "other tenant", "other salt"],
 )
-def test_prefix_cache(engines: MakeEngine, other: dict[str, str], cached: int) -> None:
+def test_prefix_cache(engines: MakeEngine, other: dict[str, Any], cached: int) -> None:
     engine = engines()
     submit(engine, make_job("a", PROMPT, max_tokens=2))
     run(engine)

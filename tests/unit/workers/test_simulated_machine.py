@@ -1,4 +1,4 @@
-"""Add, step, hand over, abort and let time pass in any order: no block leaks, every request ends, tokens are exact."""
+"""Add, step, hand over, abort, wait in any order: no block leaks, every request ends, tokens are exact."""
 
 from __future__ import annotations
 
