@@ -60,7 +60,6 @@ class KafkaQueue:
         self._intake = Intake(self._codec)
         self._loop = asyncio.get_running_loop()
         self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="penstock-kafka-call")
-        self._opening = asyncio.Lock()
         self._admin: KafkaAdminClient | None = None
         self._publisher: Publisher | None = None
         self._counter: BacklogCounter | None = None
@@ -75,7 +74,8 @@ class KafkaQueue:
 
     async def pull(self, budget: Budget) -> list[Delivery]:
         """Take what fits from what the poll thread read."""
-        await self._consume()
+        if self._poller is None:
+            await self._call(self._open_poller, CALL_TIMEOUT_S)
         while not (deliveries := await self._intake.take(budget, self._bury)):
             await self._arrival()
         self._regulate()
@@ -97,22 +97,18 @@ class KafkaQueue:
 
     async def dead_letters(self, limit: int) -> list[DeadLetter]:
         """The oldest ``limit`` dead letters of each partition, oldest first."""
-        await self._administration()
-        return await self._call(
-            lambda: _read_dead_letters(self._settings, self._topics.dead, limit), DEPTH_TIMEOUT_S
-        )
+        return await self._call(lambda: self._read_dead_letters(limit), DEPTH_TIMEOUT_S)
 
     async def depth(self) -> dict[PriorityClass, Depth]:
         """Exact but for what other consumers finished within their commit interval; own work is committed first."""
-        admin = await self._administration()
         if self._poller is not None and self._poller.healthy:
-            await asyncio.wrap_future(self._poller.flush())
-        return await self._call(lambda: self._count(admin), DEPTH_TIMEOUT_S)
+            with broker_errors():
+                await asyncio.wait_for(asyncio.wrap_future(self._poller.flush()), CALL_TIMEOUT_S)
+        return await self._call(lambda: self._open_counter().count(), DEPTH_TIMEOUT_S)
 
     async def ping(self) -> None:
         """Return when the broker answers."""
-        admin = await self._administration()
-        await self._call(lambda: admin.describe_topics([self._topics.dead]), CALL_TIMEOUT_S)
+        await self._call(lambda: self._open_admin().describe_topics([self._topics.dead]), CALL_TIMEOUT_S)
 
     @property
     def healthy(self) -> bool:
@@ -124,10 +120,7 @@ class KafkaQueue:
         if self._closed:
             return
         self._closed = True
-        parts = (self._poller, self._publisher, self._counter, self._admin)
-        for part in parts:
-            if part is not None:
-                await self._loop.run_in_executor(None, part.close)
+        await self._loop.run_in_executor(self._calls, self._close_all)
         self._calls.shutdown(wait=False)
         await self._payloads.aclose()
 
@@ -188,60 +181,58 @@ class KafkaQueue:
 
     async def _send(self, topic: str, data: bytes, tokens: int, reason: str = "") -> None:
         headers = {TOKENS_HEADER: b"%d" % tokens} | ({REASON_HEADER: reason.encode()} if reason else {})
-        await (await self._publishing()).send(topic, data, headers)
-
-    async def _administration(self) -> KafkaAdminClient:
-        async with self._opening:
-            if self._admin is None:
-                self._admin = await self._call(self._connect_admin, CALL_TIMEOUT_S)
-            return self._admin
-
-    async def _publishing(self) -> Publisher:
-        if self._publisher is not None:
-            return self._publisher
-        await self._administration()
-        async with self._opening:
-            if self._publisher is None:
-                topics = (*self._topics.classes, self._topics.dead)
-                self._publisher = await self._call(lambda: Publisher(self._settings, topics), CALL_TIMEOUT_S)
-            return self._publisher
-
-    async def _consume(self) -> None:
-        if self._poller is not None:
-            return
-        await self._administration()
-        async with self._opening:
-            if self._poller is None:
-                poller = PollThread(self._settings, self._topics, self)
-                poller.start()
-                await asyncio.wrap_future(poller.connected)
-                self._poller, self._failure = poller, None
+        if self._publisher is None:
+            await self._call(self._open_publisher, CALL_TIMEOUT_S)
+        assert self._publisher is not None
+        await self._publisher.send(topic, data, headers)
 
     async def _call(self, function: Callable[[], T], timeout_s: float) -> T:
-        """Run a blocking call of the client on its thread."""
+        """Run a blocking call on the thread for them.
+
+        There is one, so clients are opened once; it keeps what it opened also when its caller was cancelled.
+        """
         with broker_errors():
             return await asyncio.wait_for(self._loop.run_in_executor(self._calls, function), timeout_s)
 
-    def _connect_admin(self) -> KafkaAdminClient:
-        admin = open_client(KafkaAdminClient, self._settings)
-        ensure_topics(admin, self._settings, self._topics)
-        return admin
+    def _open_admin(self) -> KafkaAdminClient:
+        if self._admin is None:
+            admin = open_client(KafkaAdminClient, self._settings)
+            ensure_topics(admin, self._settings, self._topics)
+            self._admin = admin
+        return self._admin
 
-    def _count(self, admin: KafkaAdminClient) -> dict[PriorityClass, Depth]:
+    def _open_publisher(self) -> None:
+        self._open_admin()
+        if self._publisher is None:
+            self._publisher = Publisher(self._settings, (*self._topics.classes, self._topics.dead))
+
+    def _open_poller(self) -> None:
+        self._open_admin()
+        if self._poller is None:
+            poller = PollThread(self._settings, self._topics, self)
+            poller.start()
+            poller.connected.result()
+            self._poller, self._failure = poller, None
+
+    def _open_counter(self) -> BacklogCounter:
         if self._counter is None:
-            self._counter = BacklogCounter(self._settings, self._topics, admin)
-        return self._counter.count()
+            self._counter = BacklogCounter(self._settings, self._topics, self._open_admin())
+        return self._counter
 
+    def _close_all(self) -> None:
+        for part in (self._poller, self._publisher, self._counter, self._admin):
+            if part is not None:
+                part.close()
 
-def _read_dead_letters(settings: QueueSettings, topic: str, limit: int) -> list[DeadLetter]:
-    reader = LogReader(settings, (topic,))
-    try:
-        bounds = reader.bounds()
-        ranges = {partition: (start, min(end, start + limit)) for partition, (start, end) in bounds.items()}
-        records = sorted(reader.read(ranges), key=lambda found: found[1].timestamp)
-    finally:
-        reader.close()
-    return [_dead_letter(partition, record) for partition, record in records[:limit]]
+    def _read_dead_letters(self, limit: int) -> list[DeadLetter]:
+        self._open_admin()
+        with contextlib.closing(LogReader(self._settings, (self._topics.dead,))) as reader:
+            bounds = reader.bounds()
+            ranges = {
+                partition: (start, min(end, start + limit)) for partition, (start, end) in bounds.items()
+            }
+            records = sorted(reader.read(ranges), key=lambda found: found[1].timestamp)
+        return [_dead_letter(partition, record) for partition, record in records[:limit]]
 
 
 def _dead_letter(partition: TopicPartition, record: Any) -> DeadLetter:

@@ -100,6 +100,7 @@ class PollThread(ConsumerRebalanceListener):  # type: ignore[misc]  # the librar
     def flush(self) -> Future[None]:
         """Commit all that is finished; done when the broker has it. From any thread."""
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # the thread answers it even when nobody waits any more
         with self._lock:
             self._flushes.append(done)
         return done
@@ -132,19 +133,22 @@ class PollThread(ConsumerRebalanceListener):  # type: ignore[misc]  # the librar
         self._sink.revoked({(partition.topic, partition.partition) for partition in partitions})
 
     def _run(self) -> None:
-        error: Exception | None = None
         try:
             self._connect()
-            try:
-                while not self._stop.is_set():
-                    self._poll()
-            finally:
-                self._leave()
-        except Exception as failure:
-            error = failure
-        if not self.connected.done():
-            self.connected.set_exception(error or QueueUnavailable("stopped before Kafka was reached"))
-        self._sink.stopped(error)
+        except Exception as error:
+            self.connected.set_exception(error)
+            return
+        self.connected.set_result(None)
+        failure: Exception | None = None
+        try:
+            while not self._stop.is_set():
+                self._poll()
+            self._commit_all()
+        except Exception as error:
+            failure = error
+        self._sink.stopped(failure)
+        _answer(self._flushes, QueueUnavailable("the consumer was closed"))
+        self._consumer.close(autocommit=False, timeout_ms=REQUEST_TIMEOUT_MS)
 
     def _connect(self) -> None:
         self._consumer = open_client(
@@ -164,7 +168,6 @@ class PollThread(ConsumerRebalanceListener):  # type: ignore[misc]  # the librar
             metrics_enabled=False,
         )
         self._consumer.subscribe(self._topics.classes, listener=self)
-        self.connected.set_result(None)
 
     def _poll(self) -> None:
         with self._lock:
@@ -203,31 +206,32 @@ class PollThread(ConsumerRebalanceListener):  # type: ignore[misc]  # the librar
     def _commit_if_due(self) -> None:
         now = time.monotonic()
         with self._lock:
-            flushes, self._flushes = self._flushes, []
-            if not flushes and (not self._dirty or now - self._committed_at < COMMIT_INTERVAL_S):
-                return
-            offsets = self._offsets(set(self._ledgers) if flushes else self._dirty)
-            self._dirty.clear()
-        self._committed_at = now
-        if flushes:
-            self._commit_now(offsets, flushes)
-        else:
+            flushing = bool(self._flushes)
+            due = bool(self._dirty) and now - self._committed_at >= COMMIT_INTERVAL_S
+            offsets = {} if flushing or not due else self._take_dirty()
+        if flushing:
+            self._commit_all()
+        elif due:
+            self._committed_at = now
             self._consumer.commit_async(offsets, callback=self._commit_done)
 
-    def _commit_now(
-        self, offsets: dict[TopicPartition, OffsetAndMetadata], waiting: list[Future[None]]
-    ) -> None:
-        failure: KafkaError | None = None
+    def _commit_all(self) -> None:
+        """Commit every partition and wait for the broker."""
+        with self._lock:
+            self._dirty |= self._ledgers.keys()
+            offsets = self._take_dirty()
+            flushes, self._flushes = self._flushes, []
         try:
             self._consumer.commit(offsets, timeout_ms=REQUEST_TIMEOUT_MS)
+            _answer(flushes, None)
         except KafkaError as error:
-            failure = error
             self._commit_done(offsets, error)
-        for done in waiting:
-            if failure is None:
-                done.set_result(None)
-            else:
-                done.set_exception(QueueUnavailable(f"Kafka did not commit: {failure!r}"))
+            _answer(flushes, QueueUnavailable(f"Kafka did not commit: {error!r}"))
+
+    def _take_dirty(self) -> dict[TopicPartition, OffsetAndMetadata]:
+        offsets = self._offsets(self._dirty)
+        self._dirty.clear()
+        return offsets
 
     def _commit_done(self, offsets: dict[TopicPartition, OffsetAndMetadata], result: Any) -> None:
         if isinstance(result, Exception):  # try again with the next one
@@ -243,13 +247,6 @@ class PollThread(ConsumerRebalanceListener):  # type: ignore[misc]  # the librar
         if paused - full:
             self._consumer.resume(*(paused - full))
 
-    def _leave(self) -> None:
-        with self._lock:
-            offsets = self._offsets(self._dirty)
-            flushes, self._flushes = self._flushes, []
-        self._commit_now(offsets, flushes)
-        self._consumer.close(autocommit=False, timeout_ms=REQUEST_TIMEOUT_MS)
-
     def _offsets(self, partitions: set[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
         ledgers = {partition: self._ledgers[partition] for partition in partitions & self._ledgers.keys()}
         return {
@@ -261,3 +258,11 @@ class PollThread(ConsumerRebalanceListener):  # type: ignore[misc]  # the librar
         self._dirty -= partitions
         for partition in partitions:
             self._ledgers.pop(partition, None)
+
+
+def _answer(flushes: list[Future[None]], failure: QueueUnavailable | None) -> None:
+    for done in flushes:
+        if failure is None:
+            done.set_result(None)
+        else:
+            done.set_exception(failure)

@@ -132,7 +132,7 @@ def read_tags(metadata: dict[str, str | None] | None) -> dict[str, str]:
     tags = {key: value for key, value in (metadata or {}).items() if value is not None}
     if len(tags) > MAX_TAGS or any(len(k) > MAX_TAG_KEY or len(v) > MAX_TAG_VALUE for k, v in tags.items()):
         raise InvalidField(
-            f"metadata: at most {MAX_TAGS} pairs, keys to {MAX_TAG_KEY}, values to {MAX_TAG_VALUE} characters.",
+            f"metadata: at most {MAX_TAGS} pairs, keys to {MAX_TAG_KEY}, values to {MAX_TAG_VALUE} letters.",
             "metadata",
         )
     return tags

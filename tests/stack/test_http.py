@@ -111,6 +111,6 @@ def test_request_id_comes_back(url: str) -> None:
 def test_deadline_ends_the_stream_with_a_typed_error(url: str) -> None:
     """A deadline that has passed before any engine could have begun: never silence, never a hang."""
     answer = httpx.post(
-        f"{url}/v1/chat/completions", json=CHAT | {"max_tokens": 900}, headers={"x-penstock-timeout": "0.001"}, timeout=60
+        f"{url}/v1/chat/completions", json=CHAT | {"max_tokens": 900}, headers={"x-request-timeout-ms": "1"}, timeout=60
     )
     assert _error(answer, 504)["code"] == "deadline_exceeded"

@@ -62,7 +62,7 @@ def test_python_client_sees_a_typed_error_inside_a_stream(url: str) -> None:
         temperature=0,
         stream=True,
         extra_body={"ignore_eos": True, "max_tokens": 3900},
-        extra_headers={"x-penstock-timeout": "1"},
+        extra_headers={"x-request-timeout-ms": "1000"},
     )
     text = ""
     with pytest.raises(openai.APIError) as error:

@@ -61,9 +61,7 @@ class SimulatedEngine:
         self._scheduler = Scheduler(limits, self._kv, self._times)
         self._releases = ReleaseSocket(host, self._id)
         self._requests: dict[str, SimRequest] = {}
-        self._held: dict[
-            int, tuple[SimRequest, float]
-        ] = {}  # by lease, with the time it expires, in that order
+        self._held: dict[int, tuple[SimRequest, float]] = {}  # by lease, with its expiry, in order of that
         self._arrivals = 0
 
     @property
@@ -92,7 +90,7 @@ class SimulatedEngine:
 
     def abort(self, ids: Sequence[str]) -> None:
         """Drop requests, wherever they are; free their blocks here and at their prefill engines."""
-        if known := [request for id_ in ids if (request := self._requests.get(id_))]:
+        if known := [self._requests[id_] for id_ in dict.fromkeys(ids) if id_ in self._requests]:
             self._end(known)
 
     def has_work(self) -> bool:

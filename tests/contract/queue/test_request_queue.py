@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -98,7 +99,11 @@ async def test_an_oversize_record_is_delivered_alone(harness: Harness) -> None:
 
 async def test_batch_work_does_not_jump_over_a_long_interactive_request(harness: Harness) -> None:
     queue = harness.open()
-    records = [harness.record("interactive", 10), harness.record("interactive", 95), harness.record("batch", 5)]
+    records = [
+        harness.record("interactive", 10),
+        harness.record("interactive", 95),
+        harness.record("batch", 5),
+    ]
     await waiting(harness, queue, records)
     assert ids(await queue.pull(Budget(10, 100))) == [records[0].id]
     assert ids(await queue.pull(Budget(10, 100))) == ids(records[1:])
@@ -341,6 +346,9 @@ async def test_a_killed_consumer_loses_nothing_and_repeats_nothing_finished(harn
     assert sorted(ids(rest)) == sorted(set(ids(records)) - set(done))
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # kafka-python leaves refused sockets
 @pytest.mark.parametrize("operation", ["publish", "ping"])
 async def test_an_absent_broker_is_told(harness: Harness, operation: str) -> None:
     broken = Harness(
@@ -351,3 +359,5 @@ async def test_an_absent_broker_is_told(harness: Harness, operation: str) -> Non
     with pytest.raises(QueueUnavailable):
         await (queue.publish(broken.record()) if operation == "publish" else queue.ping())
     await broken.close()
+    del queue, broken
+    gc.collect()

@@ -6,7 +6,7 @@ const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0 });
 const slow = mode === "deadline"; // an answer that cannot be finished in time: the stream has to end with a typed error
 const messages = [{ role: "user", content: slow ? "Count to 1000." : "Count to 20." }];
 const extra = slow ? { ignore_eos: true, max_tokens: 3900 } : {};
-const options = slow ? { headers: { "x-penstock-timeout": "1" } } : {};
+const options = slow ? { headers: { "x-request-timeout-ms": "1000" } } : {};
 const result = { text: "", error: null };
 try {
   if (mode === "plain") {

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from penstock.serving.edge.asgi import App
+from penstock.serving.edge.asgi import App, Message
 from penstock.serving.edge.keepalive import COMMENT
 from tests.unit.serving.apps import EVENT_STREAM, Recorder, Streaming
 from tests.unit.serving.asgi_client import Client
@@ -75,7 +75,7 @@ async def test_keep_alive_held_up_by_a_slow_client_does_not_split_an_event(edge:
     sent: list[bytes] = []
     blocked, unblock = asyncio.Event(), asyncio.Event()
 
-    async def slow_send(message: dict[str, object]) -> None:
+    async def slow_send(message: Message) -> None:
         body = message.get("body", b"")
         assert isinstance(body, bytes)
         if body == COMMENT and not blocked.is_set():
@@ -92,10 +92,10 @@ async def test_keep_alive_held_up_by_a_slow_client_does_not_split_an_event(edge:
     app = edge(Streaming(chunks), keepalive_s=0.01)
     scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [(b"authorization", b"Bearer sk-a")]}
 
-    async def receive() -> dict[str, object]:
+    async def receive() -> Message:
         return {"type": "http.request", "body": b"{}", "more_body": False}
 
-    await app(scope, receive, slow_send)  # type: ignore[arg-type]
+    await app(scope, receive, slow_send)
     assert EVENT in b"".join(sent)
 
 
@@ -126,7 +126,7 @@ async def test_cancelled_request_leaves_no_task_behind(edge: Edge) -> None:
 async def test_client_that_is_gone_ends_the_beat(edge: Edge) -> None:
     broken = asyncio.Event()
 
-    async def send(message: dict[str, object]) -> None:
+    async def send(message: Message) -> None:
         if message.get("body") == COMMENT:
             broken.set()
             raise OSError("broken pipe")
@@ -135,7 +135,7 @@ async def test_client_that_is_gone_ends_the_beat(edge: Edge) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": list(EVENT_STREAM)})  # type: ignore[misc]
         await broken.wait()
 
-    async def receive() -> dict[str, object]:
+    async def receive() -> Message:
         return {"type": "http.request", "body": b"{}", "more_body": False}
 
     scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [(b"authorization", b"Bearer sk-a")]}

@@ -141,6 +141,14 @@ def test_prefix_cache(engines: MakeEngine, other: dict[str, Any], cached: int) -
     assert run(engine)["b"][0].usage == Usage(len(PROMPT) + 1, cached)
 
 
+def test_last_prompt_token_is_always_computed(engines: MakeEngine) -> None:
+    engine = engines()
+    for id_ in "ab":
+        submit(engine, make_job(id_, [3] * 8, max_tokens=1))
+    outputs = run(engine)
+    assert [outputs[id_][0].usage for id_ in "ab"] == [Usage(8, 0), Usage(8, 4)]
+
+
 def test_generated_blocks_are_cached_too(engines: MakeEngine) -> None:
     engine = engines()
     submit(engine, make_job("a", PROMPT, max_tokens=10))
@@ -210,6 +218,31 @@ def test_step_takes_the_time_of_the_profile(engines: MakeEngine, clock: Clock) -
     assert durations == pytest.approx(expected, abs=1e-6)
 
 
+def test_chunks_take_the_time_of_the_context_they_attend_to(engines: MakeEngine, clock: Clock) -> None:
+    engine = engines(TIMED, max_num_batched_tokens=1024, num_gpu_blocks_override=1024, max_model_len=4096)
+    times = step_times(TIMED)
+    submit(engine, make_job("r", [9] * 2500, max_tokens=1))
+    for start, end in ((0, 1024), (1024, 2048), (2048, 2500)):
+        before = clock.now
+        engine.step()
+        expected = times.step_s(end - start, end**2 - start**2, 0, 0)
+        assert clock.now - before == pytest.approx(expected, abs=1e-6)
+
+
+def test_preempted_request_drops_out_of_the_step(engines: MakeEngine, clock: Clock) -> None:
+    engine = engines(TIMED, num_gpu_blocks_override=16, max_num_batched_tokens=64)
+    submit(engine, make_job("batch", [1] * 29, cls=PriorityClass.BATCH, max_tokens=16))
+    engine.step()
+    submit(engine, make_job("urgent", [2] * 31, cls=PriorityClass.INTERACTIVE, max_tokens=16))
+    engine.step()
+    engine.step()
+    before = clock.now
+    assert [output.id for output in engine.step()[0]] == ["urgent"]
+    assert clock.now - before == pytest.approx(step_times(TIMED).step_s(0, 0, 1, 32), abs=1e-6)
+    assert engine.load().waiting == 1
+    assert tokens_of(run(engine)["batch"])[-1:] == expected_tokens([1] * 29, 16)[-1:]
+
+
 def test_instant_never_sleeps(engines: MakeEngine, clock: Clock) -> None:
     engine = engines()
     submit(engine, make_job("r", PROMPT, max_tokens=8))
@@ -244,6 +277,17 @@ def test_transfers_share_one_link(engines: MakeEngine, clock: Clock) -> None:
     target.step()
     clock.sleep(step_times(TIMED).transfer_s(10))
     assert [output.id for output in target.step()[0]] == ["a"]
+
+
+def test_loading_requests_count_as_sequences(engines: MakeEngine) -> None:
+    source, target = engines(TIMED), engines(TIMED, max_num_seqs=1)
+    submit(target, decode_job(prefill(source)))
+    target.step()
+    submit(target, make_job("s", PROMPT, max_tokens=1))
+    assert target.step() == ([], False)
+    assert target.load() == Load(1, 1, 12)
+    target.abort(["r"])
+    assert list(run(target)) == ["s"]
 
 
 def test_decode_samples_the_first_token_itself(engines: MakeEngine) -> None:
@@ -328,7 +372,7 @@ def test_abort(engines: MakeEngine, steps: int) -> None:
     submit(engine, make_job("s", PROMPT, max_tokens=8))
     for _ in range(steps):
         engine.step()
-    engine.abort(["r", "unknown"])
+    engine.abort(["r", "unknown", "r"])
     assert set(run(engine)) == {"s"}
     assert engine.used_blocks == 0
 
