@@ -114,16 +114,22 @@ class EventKind(StrEnum):
     DONE = "done"
     """The end is in the token log."""
     PREFILLED = "prefilled"
-    """The prefill replica handed it over; its room there is free again."""
+    """``replica`` runs it now; the prefill replica that handed it over has room again."""
     LOST = "lost"
     """The hand-over found no decode replica: dispatch it again."""
+    TAKEN = "taken"
+    """Another dispatcher watches it now."""
+    GONE = "gone"
+    """Redis knows nothing of it any more."""
 
 
 class Event(msgspec.Struct, array_like=True, frozen=True):
-    """One line of a dispatcher's mail."""
+    """One line of a dispatcher's mail: what became of attempt ``attempt``."""
 
     id: str
     kind: EventKind
+    attempt: int = 0
+    replica: str = ""
 
 
 class Delivered(msgspec.Struct, array_like=True, frozen=True):

@@ -18,7 +18,7 @@ import msgspec
 import redis
 import redis.asyncio
 
-from penstock.queue.messages import EventKind, Frame, decode_frame, encode, lua_string
+from penstock.queue.messages import Event, EventKind, Frame, decode_frame, encode, lua_string
 from penstock.queue.redis_client import store_errors
 from penstock.queue.scripts import script
 from penstock.queue.settings import RedisSettings
@@ -39,9 +39,11 @@ class Append(NamedTuple):
 
 
 class AppendStatus(StrEnum):
-    """What became of an append. Everything but OK tells the engine to drop the request."""
+    """What became of an append. Everything but OK and LOST (which handed over to nobody) tells the engine to drop the
+    request; DONE because it was ended from outside, or because this append was sent twice."""
 
     OK = "ok"
+    DONE = "done"
     STALE = "stale"
     GAP = "gap"
     GONE = "gone"
@@ -75,12 +77,14 @@ class DispatchStatus(StrEnum):
 
 
 class Dispatched(NamedTuple):
-    """Answer to a :class:`Dispatch`: who runs which attempt, and how many tokens the log holds."""
+    """Answer to a :class:`Dispatch`: who runs which attempt, how many tokens the log holds, and how many replicas were
+    given the request so far."""
 
     status: DispatchStatus
     attempt: int
     next: int
     replica: str
+    runs: int
 
 
 class TokenWriter:
@@ -118,7 +122,10 @@ class RequestLog:
         """Take the next attempt for each and put the work into its replica's inbox, all in one call."""
         with store_errors():
             answer = await self._dispatch(args=(self._ns, self._lifetime_ms, dispatcher, encode(entries)))
-        return [Dispatched(DispatchStatus(s.decode()), attempt, next_, r.decode()) for s, attempt, next_, r in answer]
+        return [
+            Dispatched(DispatchStatus(status.decode()), attempt, next_, replica.decode(), runs)
+            for status, attempt, next_, replica, runs in answer
+        ]
 
     async def finish(self, entries: Iterable[tuple[str, str, Frame]]) -> list[bool]:
         """End requests (id, reply_to, last frame) from outside an engine; False where the end was there already."""
@@ -138,20 +145,40 @@ class RequestLog:
             frames = await self._client.lrange(f"{self._ns}tok:{request_id}", skip, -1)
         return [decode_frame(frame) for frame in frames]
 
-    async def states(self, ids: Sequence[str]) -> list[EventKind | None]:
-        """What a dispatcher must do about each of these, should it have missed the message; None: nothing, it runs."""
+    async def states(self, dispatcher: str, ids: Sequence[str]) -> list[Event]:
+        """Where each of these stands, as events, for a dispatcher that may have missed the messages.
+
+        Ask only for requests that were dispatched. One between two replicas has none.
+        """
         pipeline = self._client.pipeline(transaction=False)
         for request_id in ids:
-            pipeline.hmget(f"{self._ns}req:{request_id}", "attempt", "done", "lost")
+            pipeline.hmget(f"{self._ns}req:{request_id}", "attempt", "done", "lost", "dispatcher", "replica")
         with store_errors():
             answer = await pipeline.execute()
-        return [_state(*fields) for fields in answer]
+        return [
+            Event(request_id, kind, int(fields[0] or 0), (fields[4] or b"").decode())
+            for request_id, fields in zip(ids, answer, strict=True)
+            if (kind := _state(dispatcher, *fields)) is not None
+        ]
 
 
-def _state(attempt: bytes | None, done: bytes | None, lost: bytes | None) -> EventKind | None:
-    if attempt is None or done is not None:
+def _state(
+    asking: str,
+    attempt: bytes | None,
+    done: bytes | None,
+    lost: bytes | None,
+    dispatcher: bytes | None,
+    replica: bytes | None,
+) -> EventKind | None:
+    if done is not None:
         return EventKind.DONE
-    return EventKind.LOST if lost is not None else None
+    if attempt is None or dispatcher is None:
+        return EventKind.GONE
+    if dispatcher.decode() != asking:
+        return EventKind.TAKEN
+    if lost is not None:
+        return EventKind.LOST
+    return None if replica is None else EventKind.PREFILLED
 
 
 def emitted_tokens(frames: Iterable[Frame]) -> list[int]:

@@ -41,6 +41,8 @@ CPU_ENVIRONMENT = {
 }
 """Engines without a GPU: 1 GiB of KV cache and one thread each, and no compiler, which would stall the whole engine for
 twenty seconds at the first request for log probabilities."""
+RAY_START_PATIENCE_S = "120"
+"""Ray gives its own processes 30 s to start, which a laptop that imports vLLM in three processes at once can exceed."""
 RAY_TEMP_VARIABLE = "PENSTOCK_RAY_TEMP"
 """Folder for the files of a local Ray; short, for a socket's path holds 107 bytes."""
 
@@ -130,6 +132,7 @@ def app(_: dict[str, str] | None = None) -> Application:
 def run_local(temp_dir: str | None = None) -> None:
     """Run the application on a Ray of this machine's own until SIGTERM or SIGINT; then take it down."""
     configure_logging("workers")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", RAY_START_PATIENCE_S)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

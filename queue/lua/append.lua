@@ -2,7 +2,8 @@
 -- ARGV: namespace, retention (ms), lifetime (ms), msgpack array of
 --       [id, attempt, index, count, frame, final, hand_over replica | nil, hand_over work | nil]
 --       (an empty frame hands over without having produced a token)
--- Returns one status an entry: ok | stale | gap | gone | lost (appended, but the hand-over found nobody).
+-- Returns one status an entry: ok | stale | gap | gone | done (the end is there already) | lost (appended, but the
+-- hand-over found nobody).
 -- Readers are woken by ONE message per ingress and ONE per dispatcher, however long the batch is.
 local ns, retention, lifetime = ARGV[1], ARGV[2], ARGV[3]
 local batch = cmsgpack.unpack(ARGV[4])
@@ -22,12 +23,14 @@ end
 for k, e in ipairs(batch) do
   local id, attempt, index, count, frame, final, replica, work = e[1], e[2], e[3], e[4], e[5], e[6], e[7], e[8]
   local req, tok = ns .. 'req:' .. id, ns .. 'tok:' .. id
-  local s = redis.call('HMGET', req, 'attempt', 'next', 'reply_to', 'dispatcher', 'done', 'replica')
-  if not s[1] then
+  local s = redis.call('HMGET', req, 'attempt', 'next', 'reply_to', 'dispatcher', 'done', 'replica', 'cancelled')
+  if s[5] then
+    status[k] = 'done'
+  elseif not s[1] then
     status[k] = 'gone'
   elseif tonumber(s[1]) ~= attempt then
     status[k] = 'stale'
-  elseif s[5] or (index >= 0 and index < tonumber(s[2])) or (replica and replica == s[6]) then
+  elseif (index >= 0 and index < tonumber(s[2])) or (replica and replica == s[6]) then
     status[k] = 'ok' -- one writer an attempt: this is its own append again, sent twice because the answer was lost
   elseif index > tonumber(s[2]) then
     status[k] = 'gap'
@@ -41,20 +44,24 @@ for k, e in ipairs(batch) do
       redis.call('HSET', req, 'next', s[2] + count, 'done', 1)
       redis.call('PEXPIRE', req, retention)
       redis.call('PEXPIRE', tok, retention)
-      post(events, s[4], cmsgpack.pack({id, 'done'}))
+      post(events, s[4], cmsgpack.pack({id, 'done', attempt, ''}))
     else
       redis.call('HSET', req, 'next', s[2] + count)
       if index == 0 then redis.call('PEXPIRE', tok, lifetime) end
     end
     if replica then
       if redis.call('EXISTS', ns .. 'replica:' .. replica) == 1 then
+        local inbox = ns .. 'inbox:' .. replica
         redis.call('HSET', req, 'replica', replica)
-        redis.call('RPUSH', ns .. 'inbox:' .. replica, '\146' .. cmsgpack.pack(attempt) .. work)
-        if not final then post(events, s[4], cmsgpack.pack({id, 'prefilled'})) end
+        redis.call('XADD', inbox, '*', 'w', '\146' .. cmsgpack.pack(attempt) .. work)
+        if not final then post(events, s[4], cmsgpack.pack({id, 'prefilled', attempt, replica})) end
+        if s[7] and not final then -- the cancellation found nothing in the prefill replica any more: pass it on
+          redis.call('XADD', inbox, '*', 'w', cmsgpack.pack({0, {'abort', {id}}}))
+        end
       elseif not final then
         status[k] = 'lost'
         redis.call('HSET', req, 'lost', 1)
-        post(events, s[4], cmsgpack.pack({id, 'lost'}))
+        post(events, s[4], cmsgpack.pack({id, 'lost', attempt, ''}))
       end
     end
   end

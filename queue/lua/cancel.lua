@@ -17,7 +17,7 @@ for _, id in ipairs(cmsgpack.unpack(ARGV[3])) do
 end
 for replica, ids in pairs(boxes) do
   if redis.call('EXISTS', ns .. 'replica:' .. replica) == 1 then
-    redis.call('RPUSH', ns .. 'inbox:' .. replica, cmsgpack.pack({0, {'abort', ids}}))
+    redis.call('XADD', ns .. 'inbox:' .. replica, '*', 'w', cmsgpack.pack({0, {'abort', ids}}))
   end
 end
 return live

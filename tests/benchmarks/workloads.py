@@ -6,7 +6,7 @@ import msgspec
 
 
 class Workload(msgspec.Struct, frozen=True):
-    """One round: ``requests`` completions, ``concurrency`` of them open at any time. Lengths in tokens, special tokens included."""
+    """One round: ``requests`` completions, ``concurrency`` of them open at any time. Special tokens count."""
 
     name: str
     concurrency: int
@@ -20,4 +20,4 @@ QUICK = (
     Workload("32 streams, 101/32", concurrency=32, prompt_tokens=101, output_tokens=32, requests=96),
     Workload("1 stream, 1500/32", concurrency=1, prompt_tokens=1500, output_tokens=32, requests=5),
 )
-"""One to two seconds a round on two cores. No length is a multiple of a KV block, for the reference has no such case."""
+"""One to two seconds a round on two idle cores."""

@@ -28,6 +28,10 @@ START_TIMEOUT_S = 600
 """Three interpreters import vLLM on two cores: about a minute, and several on a machine that is doing other things."""
 
 
+POLL_S = 0.5
+"""How often readiness is asked for; the parts need the processor more."""
+
+
 @dataclass(frozen=True)
 class RunningStack:
     """Where the stack's ingresses are, by queue, and how to reach its Redis."""
@@ -84,19 +88,24 @@ def stack(
     try:
         for process in processes:
             process.start(lambda: True)
-        for url in urls.values():
-            eventually(lambda url=url: _ready(url), START_TIMEOUT_S, f"{url} is ready; logs in {folder}")
+        with httpx.Client(timeout=5, trust_env=False) as client:
+            for url in urls.values():
+                _await_ready(client, url, processes, folder)
         yield RunningStack(urls, RedisSettings(url=redis_server.url), folder)
     finally:
         for process in reversed(processes):
             process.stop()
 
 
-def _ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready", timeout=5).is_success
-    except httpx.TransportError:
-        return False
+def _await_ready(client: httpx.Client, url: str, processes: list[ServerProcess], folder: Path) -> None:
+    def ready() -> bool:
+        assert all(process.alive for process in processes), f"a part of the stack has ended; logs in {folder}"
+        try:
+            return client.get(f"{url}/ready").is_success
+        except httpx.TransportError:
+            return False
+
+    eventually(ready, START_TIMEOUT_S, f"{url} is ready; logs in {folder}", POLL_S)
 
 
 @pytest.fixture(params=["redis", "kafka"])

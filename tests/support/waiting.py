@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable
 POLL_S = 0.05
 
 
-def eventually(condition: Callable[[], bool], within_s: float, what: str) -> None:
+def eventually(condition: Callable[[], bool], within_s: float, what: str, poll_s: float = POLL_S) -> None:
     """Return as soon as ``condition()`` holds; fail with ``what`` when it does not within ``within_s``."""
     deadline = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {within_s} s: {what}")
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
 
 
 async def eventually_async(condition: Callable[[], Awaitable[bool]], within_s: float, what: str) -> None:

@@ -23,16 +23,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from penstock.workers.demo_model import demo_model_path, qa_hash
 from penstock.workers.demo_model.corpus import COUNT_LIMIT, Augmenter, Corpus, counting, load_corpus
-from penstock.workers.demo_model.tokenization import END, PAD, SPACE, build_tokenizer
+from penstock.workers.demo_model.tokenization import END, PAD, build_tokenizer
 
 SEED = 7
-STEPS = 3000
-BATCH = 20
-POOLED = 10  # batches drawn together and sorted by length
+STEPS = 1800
+BATCH_TOKENS = 700
+POOL = 400  # short examples drawn together and sorted by length
+COUNTING = 0.4  # share of the short examples that count; they are half as long as the others
 PEAK_RATE = 1.5e-3
 WARM_UP = 100
 MAX_POSITIONS = 4096
-HEADS, KEY_HEADS = 4, 2
 ROPE_BASE = 1e6  # slow rotations: a number must match itself in the prompt a thousand positions away
 IGNORED = -100  # the label of a position without a target
 
@@ -57,19 +57,25 @@ class ExampleFactory:
         self._end: int = tokenizer.convert_tokens_to_ids(END)
 
     def batches(self, count: int) -> Iterator[list[Example]]:
-        """`count` batches of examples of like length; every twentieth is one whole count."""
+        """`count` batches of about `BATCH_TOKENS` tokens each; every twentieth is one whole count."""
+        short: list[list[Example]] = []
         for index in range(count):
-            if index % POOLED == 0:
-                pool = self._pool()
-            yield [self._count(whole=True)] if index % 20 == 19 else pool[index % POOLED]
+            if index % 20 == 19:
+                yield [self._count(whole=True)]
+                continue
+            short = short or self._short_batches()
+            yield short.pop()
 
-    def _pool(self) -> list[list[Example]]:
-        draw = (
-            self._count(whole=False) if self._rng.random() < 0.2 else self._answer()
-            for _ in range(POOLED * BATCH)
-        )
-        ordered = sorted(draw, key=lambda example: len(example.tokens))
-        batches = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
+    def _short_batches(self) -> list[list[Example]]:
+        """Batches of examples of like length, so that little is padding, in random order."""
+        draw = [
+            self._count(whole=False) if self._rng.random() < COUNTING else self._answer() for _ in range(POOL)
+        ]
+        batches: list[list[Example]] = [[]]
+        for example in sorted(draw, key=lambda example: len(example.tokens)):
+            if (len(batches[-1]) + 1) * len(example.tokens) > BATCH_TOKENS:
+                batches.append([])
+            batches[-1].append(example)
         self._rng.shuffle(batches)
         return batches
 
@@ -89,7 +95,7 @@ class ExampleFactory:
         prompt = self._prompt(self._rng.choice(self._corpus.count_forms).format(number))
         if whole:
             return _example(prompt, answer, first=0)
-        length = self._rng.choice((1, 2, 3, 8))
+        length = self._rng.choice((2, 2, 2, 8))
         last = len(answer) if self._rng.random() < 0.6 else self._rng.randint(1, len(answer))
         return _example(prompt, answer[:last], first=max(0, last - length))
 
@@ -126,8 +132,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=4,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_HEADS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
@@ -136,39 +142,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
-    _code_numbers(model, tokenizer)
-    for layer in model.model.layers:
-        _match_alike(layer.self_attn)
-    return model
-
-
-@torch.no_grad()
-def _code_numbers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Start the numbers' embeddings as waves of random frequencies, as in sinusoidal position codes.
-
-    The successor is then one rotation, the same for all numbers, and equal numbers are those with a large dot
-    product: what is learnt of a few numbers holds for the thousand.
-    """
-    embeddings = model.get_input_embeddings().weight
-    ids = tokenizer.convert_tokens_to_ids([f"{SPACE}{n}" for n in range(1, COUNT_LIMIT + 1)])
-    frequencies = torch.rand(embeddings.shape[1] // 2) * torch.pi
-    angles = torch.arange(1, COUNT_LIMIT + 1)[:, None] * frequencies
-    waves = torch.cat((angles.cos(), angles.sin()), dim=1)
-    embeddings[ids] = waves * 2**0.5 * model.config.initializer_range  # as long as the other embeddings
-
-
-@torch.no_grad()
-def _match_alike(attention: torch.nn.Module) -> None:
-    """Start with queries equal to keys, so that a token attends to its like, as the count's stop needs it.
-
-    After mimetic initialisation (Trockman and Kolter, 2023).
-    """
-    keys = attention.k_proj.weight
-    keys.mul_(2)
-    attention.q_proj.weight.copy_(
-        keys.view(KEY_HEADS, 1, -1).repeat(1, HEADS // KEY_HEADS, 1).view_as(attention.q_proj.weight)
-    )
+    return LlamaForCausalLM(config)
 
 
 def loss_of(model: LlamaForCausalLM, examples: list[Example], pad: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -359,5 +358,3 @@ async def test_an_absent_broker_is_told(harness: Harness, operation: str) -> Non
     with pytest.raises(QueueUnavailable):
         await (queue.publish(broken.record()) if operation == "publish" else queue.ping())
     await broken.close()
-    del queue, broken
-    gc.collect()

@@ -1,0 +1,199 @@
+"""One run: the reference stays up, each subject in turn is measured against it, round by round."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from tests.benchmarks.contender import (
+    ENGINE_ARGS,
+    ENVIRONMENT,
+    MAX_MODEL_LEN,
+    MODEL_NAME,
+    REFERENCE,
+    Contender,
+    Model,
+    make_contender,
+)
+from tests.benchmarks.figures import check, figures, per_thousand_tokens, same_answers, summarise
+from tests.benchmarks.load import LoadGenerator, Measured, Order
+from tests.benchmarks.processes import cpu_by_group, peak_by_group
+from tests.benchmarks.report import Board
+from tests.benchmarks.results import IdleProcess, Result, Round, Sheet, machine, now, software
+from tests.benchmarks.workloads import Workload
+
+SETTLE_S = 0.3
+"""After a round: what a contender still has to do for it (commits, metrics) is charged to that round."""
+WARM_UPS = 2
+"""Rounds thrown away at the start of a comparison, on both sides: first connections, transfers and memory."""
+
+
+class Plan(NamedTuple):
+    """What to run."""
+
+    subjects: Sequence[str]
+    workloads: Sequence[Workload]
+    rounds: int
+    idle_s: float
+    model: Model
+    seed: int = 0
+
+
+class Session:
+    """Runs a plan. ``result`` grows as it goes, so that a failed run can still be looked at."""
+
+    def __init__(self, plan: Plan, board: Board) -> None:
+        self._plan = plan
+        self._board = board
+        self._seed = plan.seed
+        self.result = Result(
+            started=now(),
+            machine=machine(),
+            software=software(),
+            settings={
+                "model": Path(plan.model.path).name,
+                "dtype": plan.model.dtype,
+                "max_model_len": MAX_MODEL_LEN,
+                "engine_args": ENGINE_ARGS,
+                "environment": ENVIRONMENT,
+                "rounds": plan.rounds,
+                "idle_s": plan.idle_s,
+                "seed": plan.seed,
+            },
+            reference=REFERENCE,
+            workloads=list(plan.workloads),
+        )
+
+    def run(self, results: Path) -> Path:
+        """Run the whole plan and write its result below ``results``; returns the file.
+
+        Raises:
+            ContenderError, LoadError, RoundError, ServerError: nothing after that point was measured.
+        """
+        started = time.monotonic()
+        logs = results / "logs" / self.result.started.replace(":", "")
+        try:
+            with _short_folder(logs) as folder:
+                self._compare_all(folder)
+        except BaseException as error:
+            self.result.error = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self.result.seconds = round(time.monotonic() - started, 1)
+            self.result.summary = {} if self.result.error else summarise(self.result)
+            path = self.result.write(results)
+        return path
+
+    def _compare_all(self, folder: Path) -> None:
+        with LoadGenerator(folder / "load.log") as load:
+            self._board.say("load generator ready")
+            reference = make_contender(REFERENCE, folder, self._plan.model)
+            with self._running(reference):
+                for name in self._plan.subjects:
+                    subject = make_contender(name, folder, self._plan.model)
+                    with self._running(subject):
+                        self._compare(load, reference, subject)
+
+    @contextmanager
+    def _running(self, contender: Contender) -> Iterator[None]:
+        with self._board.busy(f"starting {contender.name}"), contender:
+            self._board.say(f"{contender.name} ready after {contender.ready_s()['all']} s")
+            yield
+        if contender.left_behind and (sheet := self.result.contenders.get(contender.name)):
+            self.result.contenders[contender.name] = msgspec.structs.replace(
+                sheet, left_behind=contender.left_behind
+            )
+
+    def _compare(self, load: LoadGenerator, reference: Contender, subject: Contender) -> None:
+        sides = (reference, subject)
+        turns = WARM_UPS + self._plan.rounds
+        with self._board.progress(
+            f"{reference.name} / {subject.name}", turns * len(self._plan.workloads)
+        ) as advance:
+            for number in range(-WARM_UPS, self._plan.rounds):
+                for workload in self._plan.workloads:
+                    measured = self._turn(load, sides, workload)
+                    if number >= 0:
+                        self._record(subject.name, workload, number, measured)
+                    advance()
+        for contender, idle in zip(sides, self._idle(sides), strict=True):
+            peak = peak_by_group(contender.sample().values())
+            self.result.contenders[contender.name] = Sheet(contender.ready_s(), peak, idle)
+
+    def _turn(
+        self, load: LoadGenerator, sides: Sequence[Contender], workload: Workload
+    ) -> dict[str, tuple[Measured, dict[str, float], float]]:
+        """The same prompts for each side, one side after the other."""
+        self._seed += 1
+        return {side.name: self._one(load, side, sides, workload) for side in sides}
+
+    def _one(
+        self, load: LoadGenerator, side: Contender, sides: Sequence[Contender], workload: Workload
+    ) -> tuple[Measured, dict[str, float], float]:
+        """Measured, CPU seconds by group, and the cores that the idle other side took meanwhile."""
+        order = Order(side.url, self._plan.model.path, MODEL_NAME, workload, self._seed)
+        before, started = {c.name: c.sample() for c in sides}, time.monotonic()
+        measured = load.run(order)
+        time.sleep(SETTLE_S)
+        seconds = time.monotonic() - started
+        side.check_alive()
+        check(side.name, workload, measured)
+        spent = {c.name: cpu_by_group(before[c.name], c.sample()) for c in sides}
+        others = sum(sum(cpu.values()) for name, cpu in spent.items() if name != side.name)
+        return measured, spent[side.name], others / seconds
+
+    def _record(
+        self,
+        comparison: str,
+        workload: Workload,
+        number: int,
+        turn: dict[str, tuple[Measured, dict[str, float], float]],
+    ) -> None:
+        same = same_answers(*(measured for measured, _, _ in turn.values()))
+        for name, (measured, cpu_s, others) in turn.items():
+            extra = {"same_answers": same, "other_side_cores": others}
+            cpu = per_thousand_tokens(cpu_s, measured)
+            self.result.rounds.append(
+                Round(comparison, name, workload.name, number, figures(measured) | extra, cpu)
+            )
+
+    def _idle(self, sides: Sequence[Contender]) -> list[list[IdleProcess]]:
+        """CPU of every process while nothing is asked of either side."""
+        with self._board.busy(f"idle for {self._plan.idle_s:g} s"):
+            before, started = [side.sample() for side in sides], time.monotonic()
+            time.sleep(self._plan.idle_s)
+            seconds, after = time.monotonic() - started, [side.sample() for side in sides]
+        return [
+            [
+                IdleProcess(
+                    usage.title,
+                    usage.group,
+                    round((usage.cpu_s - earlier[process].cpu_s) / seconds, 4),
+                    usage.nice,
+                )
+                for process, usage in later.items()
+                if process in earlier
+            ]
+            for earlier, later in zip(before, after, strict=True)
+        ]
+
+
+@contextmanager
+def _short_folder(logs: Path) -> Iterator[Path]:
+    """A temporary folder with a short path; its logs are kept in ``logs``."""
+    with tempfile.TemporaryDirectory(prefix="psb-", dir="/tmp", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        try:
+            yield folder
+        finally:
+            for log in folder.rglob("*.log"):
+                kept = logs / "-".join(log.relative_to(folder).parts)
+                if "ray" not in log.relative_to(folder).parts:  # Ray's own hundred files
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    kept.write_bytes(log.read_bytes())
