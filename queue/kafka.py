@@ -228,9 +228,7 @@ class KafkaQueue:
         self._open_admin()
         with contextlib.closing(LogReader(self._settings, (self._topics.dead,))) as reader:
             bounds = reader.bounds()
-            ranges = {
-                partition: (start, min(end, start + limit)) for partition, (start, end) in bounds.items()
-            }
+            ranges = {partition: (start, min(end, start + limit)) for partition, (start, end) in bounds.items()}
             records = sorted(reader.read(ranges), key=lambda found: found[1].timestamp)
         return [_dead_letter(partition, record) for partition, record in records[:limit]]
 

@@ -114,17 +114,13 @@ class BacklogCounter:
         """Backlog by class. Blocks."""
         bounds = self._reader.bounds()  # before the commits, so that what ends in between is not counted
         committed = self._committed()
-        watermarks = {
-            partition: max(bounds[partition][0], committed[partition].offset) for partition in bounds
-        }
+        watermarks = {partition: max(bounds[partition][0], committed[partition].offset) for partition in bounds}
         self._catch_up(watermarks, {partition: end for partition, (_, end) in bounds.items()})
         rows: dict[str, list[tuple[int, int]]] = {topic: [] for topic in self._topics.classes}
         for partition, cache in self._cache.items():
             finished = list(decode_finished(committed[partition].offset, committed[partition].metadata or ""))
             rows[partition.topic] += cache.unfinished(watermarks[partition], finished)
-        return {
-            cls: _depth(rows[topic]) for cls, topic in zip(PriorityClass, self._topics.classes, strict=True)
-        }
+        return {cls: _depth(rows[topic]) for cls, topic in zip(PriorityClass, self._topics.classes, strict=True)}
 
     def close(self) -> None:
         """Disconnect."""

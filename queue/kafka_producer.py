@@ -12,7 +12,8 @@ from penstock.queue.kafka_client import REQUEST_TIMEOUT_MS, broker_errors, open_
 from penstock.queue.settings import QueueSettings
 
 DELIVERY_TIMEOUT_MS = 4000
-"""After this a publish has failed: room for one retry after :data:`REQUEST_TIMEOUT_MS`, and short enough for a client."""
+"""After this a publish has failed: room for one retry after :data:`REQUEST_TIMEOUT_MS`, and short enough for a
+client."""
 CLOSE_TIMEOUT_S = DELIVERY_TIMEOUT_MS / 1000
 """Nothing can be in flight for longer."""
 _ENVELOPE_BYTES = 64 * 1024

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 import redis
 import redis.asyncio
 
+from penstock.queue.errors import StoreUnavailable
 from penstock.queue.messages import TERMINAL, Delivered, Frame, decode_delivered
 from penstock.queue.settings import RedisSettings
 from penstock.queue.token_log import RequestLog
@@ -22,7 +23,7 @@ RECONNECT_FIRST_S = 0.05
 RECONNECT_MAX_S = 2.0
 """Upper bound of the jittered back-off, so that a fleet of ingresses does not storm a Redis that comes back."""
 PING_INTERVAL_S = 15.0
-"""A half-open connection is noticed after about this time; the kernel would take minutes."""
+"""A half-open connection is noticed after twice this time; the kernel would take minutes."""
 
 
 class Mailbox:
@@ -34,15 +35,18 @@ class Mailbox:
         self._name = settings.namespace + channel
 
     async def messages(self) -> AsyncIterator[bytes | None]:
-        """Payloads as they come; ``None`` after each (re)connection: something may have been missed before it."""
+        """Payloads as they come; ``None`` after each (re)connection: something may have been missed before it.
+
+        That is when Redis has confirmed the subscription: what is published from then on arrives here. The client
+        also reconnects by itself, and the new confirmation is all that shows it.
+        """
         delay = RECONNECT_FIRST_S
         while True:
-            pubsub = self._client.pubsub(ignore_subscribe_messages=True)
+            pubsub = self._client.pubsub()
             try:
                 await pubsub.subscribe(self._name)
-                yield None
-                delay = RECONNECT_FIRST_S
                 async for payload in self._receive(pubsub):
+                    delay = RECONNECT_FIRST_S
                     yield payload
             except (redis.ConnectionError, redis.TimeoutError):
                 await asyncio.sleep(delay * random.uniform(0.5, 1.5))
@@ -51,35 +55,43 @@ class Mailbox:
                 await pubsub.aclose()  # type: ignore[no-untyped-call]
 
     @staticmethod
-    async def _receive(pubsub: redis.asyncio.client.PubSub) -> AsyncIterator[bytes]:
+    async def _receive(pubsub: redis.asyncio.client.PubSub) -> AsyncIterator[bytes | None]:
+        pinged = False
         while True:
             message = await pubsub.get_message(timeout=PING_INTERVAL_S)
-            if message is not None and message["type"] == "message":
+            if message is None and pinged:
+                raise redis.TimeoutError("no answer to a ping")
+            pinged = message is None
+            if message is None:
+                await pubsub.ping()
+            elif message["type"] == "subscribe":
+                yield None
+            elif message["type"] == "message":
                 yield message["data"]
-            elif message is None:
-                await pubsub.ping()  # type: ignore[no-untyped-call]
 
 
 class _Cursor:
     """How far one stream has been read."""
 
-    __slots__ = ("frames", "position")
+    __slots__ = ("ended", "frames", "position")
 
     def __init__(self) -> None:
         self.frames = 0
         self.position = 0
+        self.ended = False
 
     def take(self, frame: Frame) -> bool:
         """Advance over the next frame of the log; whether it was one not seen yet."""
-        if frame.index not in (TERMINAL, self.position):
+        if self.ended or frame.index not in (TERMINAL, self.position):
             return False
         self.frames += 1
         self.position += len(frame.tokens)
+        self.ended = frame.finish is not None
         return True
 
     def missed(self, frame: Frame) -> bool:
-        """Whether frames before this one have not been seen."""
-        return frame.index > self.position
+        """Whether frames before this one may not have been seen. An end without a position does not tell: look."""
+        return not self.ended and (frame.index > self.position or frame.index == TERMINAL)
 
 
 class TokenReader:
@@ -125,5 +137,13 @@ class TokenReader:
         return caught
 
     async def _read_on(self, request_id: str, cursor: _Cursor) -> list[Delivered]:
-        frames = await self._log.read(request_id, skip=cursor.frames)
+        frames = await self._read(request_id, cursor.frames)
         return [Delivered(request_id, frame) for frame in frames if cursor.take(frame)]
+
+    async def _read(self, request_id: str, skip: int) -> list[Frame]:
+        """Until Redis answers: a stream whose missed frames were given up would wait for ever."""
+        while True:
+            try:
+                return await self._log.read(request_id, skip)
+            except StoreUnavailable:
+                await asyncio.sleep(RECONNECT_FIRST_S)

@@ -117,8 +117,6 @@ class EventKind(StrEnum):
     """``replica`` runs it now; the prefill replica that handed it over has room again."""
     LOST = "lost"
     """The hand-over found no decode replica: dispatch it again."""
-    TAKEN = "taken"
-    """Another dispatcher watches it now."""
     GONE = "gone"
     """Redis knows nothing of it any more."""
 

@@ -93,13 +93,9 @@ class RecordCodec:
 
     async def _detach(self, record: Record) -> bytes:
         key = self._prefix + record.id
-        data = encode_record(
-            msgspec.structs.replace(record, prompt=b"", body=None, prefix_hashes=[], payload_ref=key)
-        )
+        data = encode_record(msgspec.structs.replace(record, prompt=b"", body=None, prefix_hashes=[], payload_ref=key))
         if len(data) > self._max_bytes:
-            raise PayloadTooLarge(
-                f"record has {len(data)} bytes without prompt and body; limit {self._max_bytes}"
-            )
+            raise PayloadTooLarge(f"record has {len(data)} bytes without prompt and body; limit {self._max_bytes}")
         payload = _encoder.encode(_Payload(record.prompt, record.body, record.prefix_hashes))
         with queue_errors():
             await self._client.set(key, payload, ex=self._lifetime_s)

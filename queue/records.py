@@ -22,6 +22,8 @@ from penstock.queue.errors import InvalidRecord, UnknownVersion
 SCHEMA_VERSION = 1
 PREFIX_BLOCK_TOKENS = 64
 """Tokens per prefix hash. Coarser than an engine's KV block: the hashes choose a replica, they do not address KV."""
+DEFAULT_MAX_TOKENS = 16
+"""vLLM's own default, for records that name no limit."""
 MAX_PREFIX_BLOCKS = 256
 """Hashes stop after 16k tokens: a match that long already decides the placement."""
 
@@ -46,8 +48,8 @@ class Record(msgspec.Struct, kw_only=True):
     """One accepted generation request.
 
     ``prompt`` holds ``num_tokens`` token ids, 4 bytes each, or is empty when ``payload_ref`` names where the heavy
-    fields are stored. ``hints`` are further engine arguments by name (such as ``reasoning_ended``). Times are wall-clock
-    milliseconds since the epoch.
+    fields are stored. ``hints`` are further engine arguments by name (such as ``reasoning_ended``). Times are
+    wall-clock milliseconds since the epoch.
     """
 
     v: int = SCHEMA_VERSION
@@ -74,9 +76,9 @@ class Record(msgspec.Struct, kw_only=True):
 
     @property
     def max_tokens(self) -> int:
-        """Upper bound of the answer in tokens; 16 (vLLM's default) when the client named none."""
+        """Upper bound of the answer in tokens; :data:`DEFAULT_MAX_TOKENS` when the client named none."""
         limit = self.sampling.get("max_tokens")
-        return 16 if limit is None else int(limit)
+        return DEFAULT_MAX_TOKENS if limit is None else int(limit)
 
     def token_ids(self) -> list[int]:
         """The prompt as a list of token ids."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,10 @@ from penstock.queue.settings import RedisSettings
 CONNECT_TIMEOUT_S = 2.0
 """A Redis on the same network answers in milliseconds; two seconds tell a restart from a slow link."""
 COMMAND_TIMEOUT_S = 5.0
-"""Longer than the longest script (a step of a thousand streams takes a few ms) and any fsync stall worth waiting for."""
+"""Longer than the longest script (a step of 1,000 streams takes a few ms) and any fsync stall worth waiting for."""
+
+_REFUSED = re.compile(r"\b(OOM|READONLY|MISCONF|NOREPLICAS|MASTERDOWN|BUSY)\b")
+"""Codes of a server that will take the same command later; inside a script they come wrapped in other text."""
 
 
 def connect(settings: RedisSettings) -> redis.Redis:
@@ -36,5 +40,9 @@ def store_errors() -> Iterator[None]:
     """Raise :class:`StoreUnavailable` for whatever means that Redis did not answer or did not accept."""
     try:
         yield
-    except (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError, redis.OutOfMemoryError) as error:
+    except (redis.ConnectionError, redis.TimeoutError, redis.OutOfMemoryError, redis.ReadOnlyError) as error:
         raise StoreUnavailable(f"Redis is unavailable: {error}") from error
+    except redis.ResponseError as error:
+        if not _REFUSED.search(str(error)):
+            raise
+        raise StoreUnavailable(f"Redis does not accept writes: {error}") from error

@@ -162,9 +162,7 @@ class RedisStreamsQueue:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            with contextlib.suppress(
-                redis.ConnectionError, redis.TimeoutError
-            ):  # the next beat may get through
+            with contextlib.suppress(redis.ConnectionError, redis.TimeoutError):  # the next beat may get through
                 await self._renew()
 
     async def _renew(self) -> None:
@@ -242,9 +240,7 @@ class RedisStreamsQueue:
 
 
 def _dead_letter(entry_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
-    return DeadLetter(
-        entry_id, fields.get(b"r", b""), fields[b"reason"].decode(), int(entry_id.split("-")[0])
-    )
+    return DeadLetter(entry_id, fields.get(b"r", b""), fields[b"reason"].decode(), int(entry_id.split("-")[0]))
 
 
 def _resolve(future: asyncio.Future[None], failure: Exception | None) -> None:

@@ -6,6 +6,8 @@ call, so work is never given to a replica whose lease has run out.
 
 from __future__ import annotations
 
+from typing import cast
+
 import msgspec
 import redis
 import redis.asyncio
@@ -17,6 +19,9 @@ HEARTBEAT_S = 0.5
 """Four heartbeats fit into a lease, so that one late beat (a long step holding the GIL) costs nothing."""
 LEASE_S = 2.0
 """A dead replica is noticed within this time."""
+INBOX_S = 60.0
+"""How long an inbox outlives the last heartbeat. A replica that was only slow finds in it what it was given: a dispatcher
+that did not see it gone counts on that, and what others took away meanwhile is fenced by its attempt."""
 
 
 class Replica(msgspec.Struct, frozen=True):
@@ -58,6 +63,7 @@ class Lease:
         """Renew the lease for :data:`LEASE_S` and publish the load."""
         pipeline = self._client.pipeline(transaction=False)
         pipeline.set(self._key, msgspec.msgpack.encode(replica), px=int(LEASE_S * 1000))
+        pipeline.pexpire(self._inbox, int(INBOX_S * 1000))
         pipeline.sadd(self._members, self._id)
         with store_errors():
             pipeline.execute()
@@ -80,12 +86,14 @@ class Registry:
         self._members = _members(settings)
 
     async def alive(self) -> dict[str, Replica]:
-        """Replicas with a valid lease by id. Forgets those whose lease ran out, with their inboxes."""
+        """Replicas with a valid lease by id. Forgets those whose lease ran out."""
         with store_errors():
-            ids = sorted(member.decode() for member in await self._client.smembers(self._members))
+            members = cast(set[bytes], await self._client.smembers(self._members))
+            ids = sorted(member.decode() for member in members)
             if not ids:
                 return {}
-            values = await self._client.mget([f"{self._ns}replica:{id_}" for id_ in ids])
+            keys = [f"{self._ns}replica:{id_}" for id_ in ids]
+            values = cast("list[bytes | None]", await self._client.mget(keys))
             dead = [id_ for id_, value in zip(ids, values, strict=True) if value is None]
             if dead:
                 await self._forget(dead)
@@ -95,5 +103,6 @@ class Registry:
     async def _forget(self, dead: list[str]) -> None:
         pipeline = self._client.pipeline(transaction=False)
         pipeline.srem(self._members, *dead)
-        pipeline.delete(*(f"{self._ns}inbox:{id_}" for id_ in dead))
+        for id_ in dead:
+            pipeline.pexpire(f"{self._ns}inbox:{id_}", int(INBOX_S * 1000))
         await pipeline.execute()

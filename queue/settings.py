@@ -79,7 +79,9 @@ class ModelSettings(Section):
     """The model that ingress and engines serve."""
 
     section = "model"
-    model_config = SettingsConfigDict(env_prefix="PENSTOCK_MODEL_", extra="forbid", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(
+        env_prefix="PENSTOCK_MODEL_", extra="forbid", frozen=True, protected_namespaces=()
+    )
 
     path: str = Field(min_length=1, description="Folder with the model, or its name on the hub (ORG/NAME).")
     name: str = Field(default="", description="Name clients ask for; empty means the last part of the path.")

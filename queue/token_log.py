@@ -24,9 +24,11 @@ from penstock.queue.scripts import script
 from penstock.queue.settings import RedisSettings
 
 
-class Append(NamedTuple):
-    """One request's share of a step. ``frame`` and ``work`` are encoded, as :func:`lua_string`; ``hand_over`` names the decode
-    replica for ``work``."""
+class Append(msgspec.Struct, array_like=True, frozen=True):
+    """One request's share of a step.
+
+    ``frame`` and ``work`` are encoded, as :func:`lua_string`; ``hand_over`` names the decode replica for ``work``.
+    """
 
     id: str
     attempt: int
@@ -142,40 +144,33 @@ class RequestLog:
     async def read(self, request_id: str, skip: int = 0) -> list[Frame]:
         """Frames of one request in order, without the first ``skip`` frames; empty when it is unknown or expired."""
         with store_errors():
-            frames = await self._client.lrange(f"{self._ns}tok:{request_id}", skip, -1)
+            frames = cast(list[bytes], await self._client.lrange(f"{self._ns}tok:{request_id}", skip, -1))
         return [decode_frame(frame) for frame in frames]
 
-    async def states(self, dispatcher: str, ids: Sequence[str]) -> list[Event]:
+    async def states(self, ids: Sequence[str]) -> list[Event]:
         """Where each of these stands, as events, for a dispatcher that may have missed the messages.
 
-        Ask only for requests that were dispatched. One between two replicas has none.
+        Ask only for requests that were dispatched. One that is between two replicas has no event.
         """
         pipeline = self._client.pipeline(transaction=False)
         for request_id in ids:
-            pipeline.hmget(f"{self._ns}req:{request_id}", "attempt", "done", "lost", "dispatcher", "replica")
+            pipeline.hmget(f"{self._ns}req:{request_id}", "attempt", "done", "lost", "replica")
         with store_errors():
             answer = await pipeline.execute()
         return [
-            Event(request_id, kind, int(fields[0] or 0), (fields[4] or b"").decode())
+            Event(request_id, kind, int(fields[0] or 0), (fields[3] or b"").decode())
             for request_id, fields in zip(ids, answer, strict=True)
-            if (kind := _state(dispatcher, *fields)) is not None
+            if (kind := _state(*fields)) is not None
         ]
 
 
 def _state(
-    asking: str,
-    attempt: bytes | None,
-    done: bytes | None,
-    lost: bytes | None,
-    dispatcher: bytes | None,
-    replica: bytes | None,
+    attempt: bytes | None, done: bytes | None, lost: bytes | None, replica: bytes | None
 ) -> EventKind | None:
     if done is not None:
         return EventKind.DONE
-    if attempt is None or dispatcher is None:
+    if attempt is None:
         return EventKind.GONE
-    if dispatcher.decode() != asking:
-        return EventKind.TAKEN
     if lost is not None:
         return EventKind.LOST
     return None if replica is None else EventKind.PREFILLED

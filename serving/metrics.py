@@ -19,8 +19,8 @@ ENGINE_GAUGES = (
     "vllm:num_preemptions",
     "vllm:cache_config_info",
 )
-"""Metrics that vLLM registers with its front end but fills from a scheduler. Here they would stay 0 for ever and be taken
-for an idle fleet; the engine replicas export them."""
+"""Metrics that vLLM registers with its front end but fills from a scheduler. Here they would stay 0 for ever and be
+taken for an idle fleet; the engine replicas export them."""
 
 
 def drop_engine_gauges() -> None:

@@ -41,8 +41,8 @@ CPU_ENVIRONMENT = {
 }
 """Engines without a GPU: 1 GiB of KV cache and one thread each, and no compiler, which would stall the whole engine for
 twenty seconds at the first request for log probabilities."""
-RAY_START_PATIENCE_S = "120"
-"""Ray gives its own processes 30 s to start, which a laptop that imports vLLM in three processes at once can exceed."""
+RAY_START_TRIES = 3
+"""Ray gives its own processes a fixed 30 s to start, which a laptop that imports vLLM several times over can exceed."""
 RAY_TEMP_VARIABLE = "PENSTOCK_RAY_TEMP"
 """Folder for the files of a local Ray; short, for a socket's path holds 107 bytes."""
 
@@ -132,20 +132,12 @@ def app(_: dict[str, str] | None = None) -> Application:
 def run_local(temp_dir: str | None = None) -> None:
     """Run the application on a Ray of this machine's own until SIGTERM or SIGINT; then take it down."""
     configure_logging("workers")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", RAY_START_PATIENCE_S)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     workers = WorkerSettings()
-    replicas = workers.prefill + workers.decode + workers.mixed
     started = time.monotonic()
-    ray.init(
-        num_cpus=max(1, math.ceil(workers.cpus_per_replica * replicas)),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=True,
-        _temp_dir=temp_dir,
-    )
+    _start_ray(workers, temp_dir)
     try:
         serve.start(proxy_location="Disabled")
         log.info("ray_ready", seconds=round(time.monotonic() - started, 1))
@@ -155,6 +147,25 @@ def run_local(temp_dir: str | None = None) -> None:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _start_ray(workers: WorkerSettings, temp_dir: str | None) -> None:
+    replicas = workers.prefill + workers.decode + workers.mixed
+    for attempt in range(1, RAY_START_TRIES + 1):
+        try:
+            ray.init(
+                num_cpus=max(1, math.ceil(workers.cpus_per_replica * replicas)),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=temp_dir,
+            )
+        except Exception as error:  # Ray raises the bare class when its processes are late
+            ray.shutdown()
+            if attempt == RAY_START_TRIES or "timed out during startup" not in str(error):
+                raise
+            log.warning("ray_start_retried", attempt=attempt, error=str(error))
+        else:
+            return
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import redis.asyncio
 import structlog
@@ -28,7 +28,7 @@ from penstock.queue.protocol import Budget, Delivery, RequestQueue
 from penstock.queue.records import now_ms
 from penstock.queue.registry import Registry
 from penstock.queue.settings import RedisSettings
-from penstock.queue.token_log import DispatchStatus, RequestLog, emitted_tokens
+from penstock.queue.token_log import Dispatched, DispatchStatus, RequestLog, emitted_tokens
 from penstock.workers.errand import Errand
 from penstock.workers.routing import Router
 from penstock.workers.sampling import continuable
@@ -38,6 +38,9 @@ MAX_BATCH = 128
 """Requests in one pull: one script call for them takes about a millisecond."""
 REFRESH_S = 0.25
 """How often leases and deadlines are looked at; an eighth of a lease."""
+RECONCILE_EVERY = 40
+"""Every so many refreshes (ten seconds) all requests are compared with Redis, so that no lost message can hold one for
+ever; one short read a request."""
 REPORT_S = 1.0
 """How often the backlog is published; admission is a safety net, and the autoscaler thinks in tens of seconds."""
 OUTAGE_PAUSE_S = 0.2
@@ -47,15 +50,24 @@ INTERRUPTED = (
     "the engine died after {} tokens and this request's sampling parameters do not allow continuing exactly; "
     "send it again"
 )
+TRUNCATED = "the token log was lost while the request ran; send it again"
 
 log = structlog.get_logger()
 
 
 class Dispatcher:
-    """Moves requests of one pool. :meth:`run` until cancelled."""
+    """Moves requests of one pool. :meth:`run` until cancelled.
+
+    An errand in ``_errands`` is either in ``_waiting`` or placed (it has a target); only :meth:`_place_waiting` places.
+    """
 
     def __init__(
-        self, queue: RequestQueue, client: redis.asyncio.Redis, settings: RedisSettings, workers: WorkerSettings, pool: str
+        self,
+        queue: RequestQueue,
+        client: redis.asyncio.Redis,
+        settings: RedisSettings,
+        workers: WorkerSettings,
+        pool: str,
     ) -> None:
         self._queue = queue
         self._client = client
@@ -67,7 +79,7 @@ class Dispatcher:
         self._pool = pool
         self._router = Router(workers)
         self._errands: dict[str, Errand] = {}
-        self._waiting: list[Errand] = []
+        self._waiting: dict[str, Errand] = {}
         self._uncompleted: list[Errand] = []
         self._room = asyncio.Event()
         self._retry = asyncio.Event()
@@ -92,34 +104,43 @@ class Dispatcher:
                 await self._room.wait()
                 continue
             try:
-                deliveries = await self._queue.pull(Budget(min(requests, MAX_BATCH), max(1, tokens)))
-                await self._dispatch([self._admit(delivery) for delivery in deliveries])
+                for delivery in await self._queue.pull(Budget(min(requests, MAX_BATCH), max(1, tokens))):
+                    self._admit(delivery)
             except TransientError as error:
-                log.warning("dispatch_paused", error=str(error))
+                log.warning("pull_paused", error=str(error))
                 await asyncio.sleep(OUTAGE_PAUSE_S)
 
+    def _admit(self, delivery: Delivery) -> None:
+        known = self._errands.get(delivery.record.id)
+        if known is not None:  # delivered again after a rebalance, or published twice
+            known.deliveries.append(delivery)
+        else:
+            errand = self._errands[delivery.record.id] = Errand(delivery)
+            self._wait(errand)
+
     async def _place_waiting(self) -> None:
-        """Work that found no room, or lost its replica, as soon as there may be room."""
+        """New work, and work that found no room or lost its replica, as soon as there may be room."""
         while True:
             await self._retry.wait()
             self._retry.clear()
-            waiting, self._waiting = sorted(self._waiting, key=Errand.urgency), []
             try:
-                await self._dispatch(waiting)
+                await self._expire(list(self._waiting.values()))
+                placed = self._place(sorted(self._waiting.values(), key=Errand.urgency))
+                self._room.set()
+                await self._dispatch(placed)
             except TransientError as error:
                 log.warning("dispatch_paused", error=str(error))
                 await asyncio.sleep(OUTAGE_PAUSE_S)
-            self._room.set()
+                self._retry.set()
 
-    def _admit(self, delivery: Delivery) -> Errand:
-        errand = Errand(delivery)
-        self._errands[errand.id] = errand
-        return errand
+    def _place(self, errands: Iterable[Errand]) -> list[Errand]:
+        placed = [errand for errand in errands if self._router.place(errand)]
+        for errand in placed:
+            del self._waiting[errand.id]
+        return placed
 
-    async def _dispatch(self, errands: Sequence[Errand]) -> None:
-        """Place what can be placed, in one script call; the rest waits."""
-        placed = [errand for errand in errands if not errand.ended and self._router.place(errand)]
-        self._waiting += [errand for errand in errands if not errand.ended and not errand.target]
+    async def _dispatch(self, placed: Sequence[Errand]) -> None:
+        """Give what was placed to the replicas, in one script call."""
         if not placed:
             return
         try:
@@ -130,36 +151,49 @@ class Dispatcher:
             raise
         for errand, answer in zip(placed, answers, strict=True):
             errand.attempt = max(errand.attempt, answer.attempt)
-            if answer.status is DispatchStatus.ADOPTED:
-                self._router.adopt(errand, answer.replica)
-            elif answer.status is not DispatchStatus.OK:
-                await self._refused(errand, answer.status)
+            errand.runs = answer.runs
+            if not errand.ended and errand.id not in self._waiting:
+                await self._answered(errand, answer)
 
-    async def _refused(self, errand: Errand, status: DispatchStatus) -> None:
-        if status is DispatchStatus.DONE:
-            await self._complete([errand])
-        elif status is DispatchStatus.CANCELLED:
-            await self._end(errand, Frame(TERMINAL, [], finish=Finish.ABORT))
-        elif status is DispatchStatus.EMITTED:
-            await self._go_on(errand)
+    async def _answered(self, errand: Errand, answer: Dispatched) -> None:
+        if answer.status is DispatchStatus.OK:
+            errand.force = False
+        elif answer.status is DispatchStatus.ADOPTED:
+            self._router.move(errand, answer.replica)
         else:
-            self._router.forget(errand.target)
+            try:
+                await self._refused(errand, answer)
+            except TransientError as error:
+                log.warning("dispatch_retried", request_id=errand.id, error=str(error))
+                self._wait(errand)
+
+    async def _refused(self, errand: Errand, answer: Dispatched) -> None:
+        if answer.status is DispatchStatus.DONE:
+            await self._complete([errand])
+        elif answer.status is DispatchStatus.CANCELLED:
+            await self._end(errand, Frame(TERMINAL, [], finish=Finish.ABORT))
+        elif answer.status is DispatchStatus.EMITTED:
+            await self._go_on(errand, answer.next)
+        else:
+            self._router.close(errand.target)
             self._wait(errand)
 
-    async def _go_on(self, errand: Errand) -> None:
+    async def _go_on(self, errand: Errand, emitted: int) -> None:
         """Tokens were delivered by an engine that is gone: the next one continues after them."""
         errand.emitted = emitted_tokens(await self._log.read(errand.id))
-        errand.force = True
-        if continuable(errand.record.sampling):
-            self._router.give_back(errand)
-            await self._dispatch([errand])
+        if len(errand.emitted) != emitted:
+            await self._fail(errand, StreamInterrupted(TRUNCATED))
+        elif continuable(errand.record.sampling):
+            self._wait(errand)
         else:
-            await self._fail(errand, StreamInterrupted(INTERRUPTED.format(len(errand.emitted))))
+            await self._fail(errand, StreamInterrupted(INTERRUPTED.format(emitted)))
 
     def _wait(self, errand: Errand) -> None:
-        self._router.give_back(errand)
-        self._waiting.append(errand)
-        self._retry.set()
+        """Let it wait for a replica, unless it has ended meanwhile."""
+        if not errand.ended:
+            self._router.give_back(errand)
+            self._waiting[errand.id] = errand
+            self._retry.set()
 
     # -- back from the engines
 
@@ -168,34 +202,37 @@ class Dispatcher:
             try:
                 await self._handle(decode_events(payload) if payload is not None else await self._missed())
             except TransientError as error:
-                log.warning("completion_delayed", error=str(error))
+                log.warning("event_delayed", error=str(error))
 
     async def _missed(self) -> list[Event]:
-        """What happened to our requests while the mailbox was not connected."""
-        ids = list(self._errands)
-        states = await self._log.states(ids) if ids else []
-        return [Event(id_, state) for id_, state in zip(ids, states, strict=True) if state is not None]
+        """Where our dispatched requests stand, whatever messages were lost."""
+        ids = [errand.id for errand in self._errands.values() if errand.attempt]
+        return await self._log.states(ids) if ids else []
 
     async def _handle(self, events: list[Event]) -> None:
-        done = []
-        for event in events:
-            errand = self._errands.get(event.id)
-            if errand is None:
-                continue
-            if event.kind is EventKind.DONE:
-                done.append(errand)
-            elif event.kind is EventKind.PREFILLED:
-                self._router.prefilled(errand)
-            else:
-                await self._again(errand, "the decode replica was gone at the hand-over")
-        if done:
-            await self._complete(done)
+        known = [(errand, event) for event in events if (errand := self._errands.get(event.id)) is not None]
+        await self._complete([errand for errand, event in known if event.kind is EventKind.DONE])
+        for errand, event in known:
+            if not errand.ended:
+                await self._moved(errand, event)
         self._wake()
 
+    async def _moved(self, errand: Errand, event: Event) -> None:
+        """It did not end, but may no longer be where it was. What an older attempt says is void."""
+        if event.kind is EventKind.GONE:
+            await self._fail(errand, StreamInterrupted(TRUNCATED))
+        elif event.attempt < errand.attempt or not errand.target:
+            return
+        elif event.kind is EventKind.PREFILLED:
+            self._router.move(errand, event.replica)
+        elif event.kind is EventKind.LOST:
+            await self._again(errand, "the decode replica was gone at the hand-over")
+
     async def _again(self, errand: Errand, why: str) -> None:
+        """Dispatch it anew."""
         log.warning("redispatch", request_id=errand.id, attempt=errand.attempt, why=why)
         errand.force = True
-        if errand.attempt >= self._workers.max_attempts:
+        if errand.runs >= self._workers.max_attempts:
             await self._give_up(errand)
         else:
             self._wait(errand)
@@ -203,9 +240,13 @@ class Dispatcher:
     # -- leases and deadlines
 
     async def _watch(self) -> None:
+        turn = 0
         while True:
             try:
                 await self._refresh()
+                turn += 1
+                if turn % RECONCILE_EVERY == 0:
+                    await self._handle(await self._missed())
             except TransientError as error:
                 log.warning("refresh_failed", error=str(error))
             await asyncio.sleep(REFRESH_S)
@@ -220,15 +261,20 @@ class Dispatcher:
             await asyncio.sleep(REPORT_S)
 
     async def _refresh(self) -> None:
-        alive = [replica for replica in (await self._registry.alive()).values() if replica.pool == self._pool]
-        for replica_id in self._router.refresh(alive):
-            for errand in [e for e in self._errands.values() if e.runs_on(replica_id)]:
+        alive = await self._registry.alive()
+        self._router.refresh(replica for replica in alive.values() if replica.pool == self._pool)
+        for errand in list(self._errands.values()):
+            if replica_id := self._router.dead(errand):
                 await self._again(errand, f"replica {replica_id} died")
-        now = now_ms()
-        for errand in [e for e in self._errands.values() if e.record.expired(now)]:
-            await self._fail(errand, DeadlineExceeded("the request's deadline passed before it finished"))
+        await self._expire(list(self._errands.values()))
         await self._complete(self._uncompleted)
         self._wake()
+
+    async def _expire(self, errands: Iterable[Errand]) -> None:
+        now = now_ms()
+        for errand in errands:
+            if errand.record.expired(now) and not errand.ended:
+                await self._fail(errand, DeadlineExceeded("the request's deadline passed before it finished"))
 
     def _wake(self) -> None:
         """There may be room now."""
@@ -239,9 +285,10 @@ class Dispatcher:
     # -- ends
 
     async def _give_up(self, errand: Errand) -> None:
-        error = EngineFailed(f"{errand.attempt} replicas died while running this request")
+        error = EngineFailed(f"{errand.runs} replicas died while running this request")
         await self._log.finish([(errand.id, errand.record.reply_to, _frame(error))])
-        await self._queue.dead_letter(errand.delivery, str(error))
+        for delivery in errand.deliveries:
+            await self._queue.dead_letter(delivery, str(error))
         self._forget(errand)
 
     async def _fail(self, errand: Errand, error: PenstockError) -> None:
@@ -254,10 +301,12 @@ class Dispatcher:
 
     async def _complete(self, errands: Sequence[Errand]) -> None:
         """Finish in the queue what has its end in the log. If the broker is away, later."""
+        if not errands:
+            return
         for errand in errands:
             self._forget(errand)
         try:
-            await self._queue.complete([errand.delivery for errand in errands])
+            await self._queue.complete([delivery for errand in errands for delivery in errand.deliveries])
             self._uncompleted = [errand for errand in self._uncompleted if errand not in errands]
         except TransientError as error:
             log.warning("completion_delayed", error=str(error), requests=len(errands))
@@ -266,6 +315,7 @@ class Dispatcher:
     def _forget(self, errand: Errand) -> None:
         errand.ended = True
         self._errands.pop(errand.id, None)
+        self._waiting.pop(errand.id, None)
         self._router.give_back(errand)
         self._wake()
 

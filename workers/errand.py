@@ -12,32 +12,30 @@ from penstock.workers.placement import ANSWER_RESERVE_TOKENS
 
 
 class Errand:
-    """A delivery, where it is, and what is known of its progress.
+    """A request on loan from the queue, where it is, and what is known of its progress.
 
-    ``target`` is the replica whose inbox gets it; ``decode`` the replica that generates (the same, unless it goes
-    through the prefill pool first). Both are empty while it waits.
+    ``deliveries`` are several when the queue delivered it again, or holds it twice. ``target`` is the replica whose inbox
+    gets it; ``decode`` the replica that generates (the same, unless it goes through the prefill pool first). Both are
+    empty while it waits. ``runs`` counts the replicas it was given to.
     """
 
     def __init__(self, delivery: Delivery) -> None:
-        self.delivery = delivery
+        self.record = delivery.record
+        self.deliveries = [delivery]
         self.emitted: list[int] = []
         self.attempt = 0
+        self.runs = 0
         self.force = False
         self.ended = False
         self.stage = Stage.WHOLE
         self.target = ""
         self.decode = ""
-        self._encoded = encode_record(delivery.record)
-
-    @property
-    def record(self) -> Record:
-        """The request."""
-        return self.delivery.record
+        self._encoded = encode_record(_for_engine(self.record))
 
     @property
     def id(self) -> str:
         """Internal request id."""
-        return self.delivery.record.id
+        return self.record.id
 
     @property
     def prompt_tokens(self) -> int:
@@ -54,10 +52,6 @@ class Errand:
         """Sort key: class, then age."""
         return self.record.priority_class.rank, self.record.accepted_ms
 
-    def runs_on(self, replica_id: str) -> bool:
-        """Whether this replica's death stops it."""
-        return bool(replica_id) and replica_id in (self.target, self.decode)
-
     def dispatch(self) -> Dispatch:
         """The entry of the dispatch script."""
         hand_over = self.decode if self.stage is Stage.PREFILL else None
@@ -66,3 +60,8 @@ class Errand:
         return Dispatch(
             self.id, len(self.emitted), record.reply_to, self.target, lua_string(encode(run)), record.tenant, self.force
         )
+
+
+def _for_engine(record: Record) -> Record:
+    """Without what an engine does not read: the body alone is often larger than the rest."""
+    return msgspec.structs.replace(record, body=None, prefix_hashes=[])

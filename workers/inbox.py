@@ -1,31 +1,35 @@
-"""A replica's inbox: work that dispatchers and prefill replicas put into its Redis list, made ready for the engine.
+"""A replica's inbox: work that dispatchers and prefill replicas put into its Redis stream, made ready for the engine.
 
-A list, because it survives a broken connection; one blocking pop wakes the thread, a second pop takes the rest. On
-loopback this hands over in well under a millisecond, a Ray Serve handle call takes four to five.
+A stream read by position, because that survives a broken connection: what a lost answer held is read again, where a
+popped list would have forgotten it. On loopback this hands over in well under a millisecond, a Ray Serve handle call
+takes four to five.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Any, cast
+import threading
+from typing import Any
 
 import redis
 import structlog
 
-from penstock.queue.errors import RequestError
+from penstock.queue.errors import RequestError, StoreUnavailable
 from penstock.queue.messages import Abort, Inbound, Run, Stage, StreamError, decode_inbound
 from penstock.queue.records import decode_record
+from penstock.queue.redis_client import store_errors
 from penstock.queue.settings import RedisSettings
 from penstock.workers.engine import Engine
 from penstock.workers.loop import Admit, Cancel, EngineLoop, Refuse
 from penstock.workers.stream import Stream
 
 BLOCK_S = 2
-"""How long one pop waits. Below the connection's command timeout, so that silence is not taken for a dead Redis."""
+"""How long one read waits. Below the connection's command timeout, so that silence is not taken for a dead Redis."""
 RETRY_S = 0.2
-"""Pause after a failed pop; the list keeps what arrives meanwhile."""
-DRAIN = 256
-"""Entries taken at once after the first: more than the largest batch a dispatcher hands over."""
+"""Pause after a failed read; the stream keeps what arrives meanwhile."""
+BATCH = 256
+"""Entries read at once: more than the largest batch a dispatcher hands over."""
+
+_BROKEN = StreamError("engine_failed", "the engine could not take this request", 500)
 
 log = structlog.get_logger()
 
@@ -40,23 +44,35 @@ class Inbox:
         self._key = f"{settings.namespace}inbox:{replica_id}"
         self._engine = engine
         self._loop = loop
+        self._position = b"0"
+        self._stopped = threading.Event()
 
     def run(self) -> None:
-        """Receive for ever."""
-        while True:
+        """Receive until :meth:`stop`."""
+        while not self._stopped.is_set():
             try:
-                for entry in self._pop():
+                for entry in self._read():
                     self._receive(decode_inbound(entry))
-            except (redis.ConnectionError, redis.TimeoutError) as error:
+            except StoreUnavailable as error:
                 log.warning("inbox_unavailable", error=str(error))
-                time.sleep(RETRY_S)
+                self._stopped.wait(RETRY_S)
 
-    def _pop(self) -> list[bytes]:
-        first = cast("tuple[bytes, bytes] | None", self._client.blpop([self._key], timeout=BLOCK_S))
-        if first is None:
+    def stop(self) -> None:
+        """Let :meth:`run` return after the read under way, at most :data:`BLOCK_S`."""
+        self._stopped.set()
+
+    def _read(self) -> list[bytes]:
+        """Wait for entries after the last one; what was read before is trimmed in the same round trip."""
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.xtrim(self._key, minid=self._position, approximate=False)
+        pipeline.xread({self._key: self._position}, count=BATCH, block=BLOCK_S * 1000)
+        with store_errors():
+            _, reply = pipeline.execute()
+        if not reply:
             return []
-        rest = cast("list[bytes] | None", self._client.lpop(self._key, DRAIN))
-        return [first[1], *(rest or ())]
+        ((_, entries),) = reply
+        self._position = entries[-1][0]
+        return [fields[b"w"] for _, fields in entries]
 
     def _receive(self, inbound: Inbound) -> None:
         if isinstance(inbound.work, Abort):
@@ -70,8 +86,14 @@ class Inbox:
         try:
             prepared: Any = self._engine.prepare(stream.job())
         except RequestError as error:
-            if run.stage is not Stage.RELEASE:
-                self._loop.submit(Refuse(stream, StreamError(error.code, str(error), error.status)))
+            self._refuse(stream, StreamError(error.code, str(error), error.status))
+        except Exception:  # one request's fault, found before it could touch the others'
+            log.exception("request_not_prepared", request_id=run.id)
+            self._refuse(stream, _BROKEN)
         else:
             self._loop.submit(Admit(stream, prepared))
+
+    def _refuse(self, stream: Stream, error: StreamError) -> None:
+        if stream.stage is not Stage.RELEASE:
+            self._loop.submit(Refuse(stream, error))
 

@@ -48,7 +48,7 @@ class Cancel(NamedTuple):
 class Forget(NamedTuple):
     """Abort these jobs without a word: their attempt is no longer the valid one."""
 
-    job_ids: list[str]
+    job_ids: set[str]
 
 
 class Refuse(NamedTuple):
@@ -123,7 +123,7 @@ class EngineLoop:
         elif isinstance(item, Refuse):
             self._outbox.put([(item.stream, Output(item.stream.job_id, [], error=item.error))])
         elif isinstance(item, Forget):
-            self._drop([self._streams[id_] for id_ in item.job_ids if id_ in self._streams])
+            self._drop([self._streams[id_] for id_ in item.job_ids & self._streams.keys()])
         else:
             gone = [stream for stream in self._streams.values() if stream.request_id in item.request_ids]
             self._drop(gone)
@@ -145,7 +145,7 @@ class EngineLoop:
             time.sleep(TRANSFER_POLL_S)
 
     def _route(self, output: Output) -> Produced | None:
-        finished = output.finish is not None
+        finished = output.finish is not None or output.error is not None
         stream = self._streams.pop(output.id, None) if finished else self._streams.get(output.id)
         return None if stream is None else (stream, output)
 
@@ -170,13 +170,16 @@ class EngineLoop:
     def _write(self, produced: list[Produced]) -> None:
         entries = [stream.append(output) for stream, output in produced]
         statuses = self._append(entries)
-        stale = []
-        for (stream, _), status in zip(produced, statuses, strict=True):
-            if status not in (AppendStatus.OK, AppendStatus.LOST):
-                stale.append(stream.job_id)
+        refused = {
+            stream.job_id: (stream, status)
+            for (stream, _), status in zip(produced, statuses, strict=True)
+            if status not in (AppendStatus.OK, AppendStatus.LOST)
+        }
+        for stream, status in refused.values():
+            if status is not AppendStatus.DONE:
                 log.warning("append_refused", request_id=stream.request_id, attempt=stream.attempt, status=status)
-        if stale:
-            self.submit(Forget(stale))
+        if refused:
+            self.submit(Forget(set(refused)))
 
     def _append(self, entries: list[Append]) -> list[AppendStatus]:
         """Append until it is done: tokens that exist are never thrown away because Redis is away."""

@@ -21,7 +21,7 @@ class EngineMetrics:
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests waiting in the engine.", labels)
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "KV cache blocks in use; 1 is all.", labels)
         self._tokens = self._counter("vllm:generation_tokens", "Tokens generated.", labels)
-        self._prompt = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that got their first token.", labels)
+        self._prompt = self._counter("vllm:prompt_tokens", "Prompt tokens of requests with a first token.", labels)
         self._cached = self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", labels)
         self._transferred = self._counter("penstock_kv_transferred_tokens", "Prompt tokens loaded over NIXL.", labels)
         self._steps = Histogram(

@@ -14,8 +14,8 @@ from penstock.queue.records import PREFIX_BLOCK_TOKENS
 from penstock.queue.registry import Replica
 
 ANSWER_RESERVE_TOKENS = 256
-"""KV cache reserved for an answer at most. Most answers are far shorter than ``max_tokens``; an engine that does run out
-preempts by itself, so reserving the worst case would only leave its cache empty."""
+"""KV cache reserved for an answer at most. Most answers are far shorter than ``max_tokens``; an engine that does run
+out preempts by itself, so reserving the worst case would only leave its cache empty."""
 PREFILL_AHEAD_TOKENS = 16_384
 """Prompt tokens given to one prefill replica ahead: two steps' worth, so that it never waits and a more urgent prompt
 is never far behind."""
@@ -31,6 +31,7 @@ class Seat:
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
         self.foreign = 0
+        self.closed = False
         self._held: dict[str, int] = {}
         self._tokens = 0
         self._prefixes: OrderedDict[bytes, None] = OrderedDict()
@@ -55,10 +56,11 @@ class Seat:
 
     def fits(self, tokens: int) -> bool:
         """Whether there is room. An empty replica takes any size, so that a long prompt cannot wait for ever."""
-        return self.requests > 0 and (tokens <= self.tokens or not self._held)
+        return not self.closed and self.requests > 0 and (tokens <= self.tokens or not self._held)
 
     def take(self, request_id: str, tokens: int, prefix: Iterable[bytes]) -> None:
-        """Reserve room, and remember that the replica will have this prefix cached."""
+        """Reserve room, once a request, and remember that the replica will have this prefix cached."""
+        self.give_back(request_id)
         self._held[request_id] = tokens
         self._tokens += tokens
         for digest in prefix:
@@ -83,6 +85,7 @@ class Seat:
     def refresh(self, replica: Replica, *, shared: bool) -> None:
         """Take in a heartbeat. With other dispatchers about, what they gave it counts too."""
         self.replica = replica
+        self.closed = False
         self.foreign = max(0, replica.running + replica.waiting - len(self._held)) if shared else 0
 
 
@@ -101,7 +104,7 @@ class Pool:
 
     def room(self) -> tuple[int, int]:
         """Requests and tokens the whole pool may still be given."""
-        open_seats = [seat for seat in self.seats.values() if seat.requests > 0]
+        open_seats = [seat for seat in self.seats.values() if seat.requests > 0 and not seat.closed]
         return sum(seat.requests for seat in open_seats), sum(max(0, seat.tokens) for seat in open_seats)
 
     def choose(self, tokens: int, prefix: Sequence[bytes]) -> Seat | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 import traceback
 import uuid
@@ -12,15 +11,11 @@ import msgspec
 import ray
 import structlog
 
-from penstock.queue.errors import StoreUnavailable
 from penstock.queue.logs import configure_logging
-from penstock.queue.redis_client import connect
-from penstock.queue.registry import HEARTBEAT_S, LEASE_S, Lease, Replica
+from penstock.queue.registry import LEASE_S, Replica
 from penstock.queue.settings import ModelSettings, RedisSettings
-from penstock.queue.token_log import TokenWriter
 from penstock.workers.engine import Engine
-from penstock.workers.inbox import Inbox
-from penstock.workers.loop import EngineLoop, fatal
+from penstock.workers.host import EngineHost
 from penstock.workers.metrics import EngineMetrics
 from penstock.workers.settings import WorkerSettings
 
@@ -48,34 +43,17 @@ class EngineReplica:
 
     def _start(self, redis: RedisSettings, model: ModelSettings, workers: WorkerSettings, role: str) -> None:
         started = time.monotonic()
-        self._engine = build_engine(model, workers, role)
-        self._metrics = EngineMetrics(model.served_name, role, self._id)
-        self._loop = EngineLoop(self._engine, TokenWriter(connect(redis), redis), self._metrics)
-        self._lease = Lease(connect(redis), redis, self._id)
-        host = ray.util.get_node_ip_address()
-        info = msgspec.to_builtins(self._engine.info)
-        self._replica = Replica(
-            id=self._id, pool=model.pool, role=role, node=host, pid=os.getpid(),
-            metrics=f"{host}:{self._metrics.serve(host)}", **info,
+        engine = build_engine(model, workers, role)
+        metrics = EngineMetrics(model.served_name, role, self._id)
+        node = ray.util.get_node_ip_address()
+        info = msgspec.to_builtins(engine.info)
+        replica = Replica(
+            id=self._id, pool=model.pool, role=role, node=node, pid=os.getpid(),
+            metrics=f"{node}:{metrics.serve(node)}", **info,
         )
-        inbox = Inbox(connect(redis), redis, self._id, self._engine, self._loop)
-        self._beat = time.monotonic()
-        self._ended = threading.Event()
-        self._loop.start()
-        threading.Thread(target=fatal(inbox.run), name="inbox", daemon=True).start()
-        threading.Thread(target=fatal(self._heartbeat), name="heartbeat", daemon=True).start()
+        self._host = EngineHost(engine, redis, replica, metrics)
+        self._host.start()
         log.info("replica_ready", replica=self._id, role=role, seconds=round(time.monotonic() - started, 1), **info)
-
-    def _heartbeat(self) -> None:
-        while not self._ended.is_set():
-            load = self._engine.load()
-            self._metrics.load(load, self._engine.info)
-            try:
-                self._lease.renew(msgspec.structs.replace(self._replica, **load._asdict()))
-            except StoreUnavailable as error:
-                log.warning("lease_not_renewed", error=str(error))
-            self._beat = time.monotonic()
-            self._ended.wait(HEARTBEAT_S)
 
     def ready(self) -> str:
         """The replica's id, once it can take work; for whoever starts it."""
@@ -83,14 +61,13 @@ class EngineReplica:
 
     def check_health(self) -> None:
         """Ray Serve's health probe."""
-        if time.monotonic() - self._beat > UNHEALTHY_AFTER_S:
+        if time.monotonic() - self._host.last_beat > UNHEALTHY_AFTER_S:
             raise RuntimeError(f"{self._id} has had no heartbeat for {UNHEALTHY_AFTER_S:.0f} s")
 
     def __del__(self) -> None:
         """Serve takes the replica down: give the lease back so that nobody waits for it to run out."""
-        if hasattr(self, "_ended"):
-            self._ended.set()
-            self._lease.end()
+        if hasattr(self, "_host"):
+            self._host.leave()
 
 
 def build_engine(model: ModelSettings, workers: WorkerSettings, role: str) -> Engine:

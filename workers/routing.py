@@ -20,13 +20,11 @@ class Router:
         self._prefill = Pool()
         self._decode = Pool()
 
-    def refresh(self, alive: Iterable[Replica]) -> list[str]:
-        """Take in the registry's view; returns the replicas that are gone since the last one."""
-        known = {*self._prefill.seats, *self._decode.seats}
+    def refresh(self, alive: Iterable[Replica]) -> None:
+        """Take in the registry's view."""
         replicas = list(alive)
         self._prefill.refresh((r for r in replicas if r.role == "prefill"), shared=self._shared)
         self._decode.refresh((r for r in replicas if r.role != "prefill"), shared=self._shared)
-        return sorted(known - {*self._prefill.seats, *self._decode.seats})
 
     def room(self) -> tuple[int, int]:
         """Requests and prompt tokens that may be pulled now."""
@@ -62,19 +60,23 @@ class Router:
         single = errand.record.max_tokens - len(errand.emitted) <= 1
         return not single and errand.prompt_tokens - cached > self._workers.short_prompt_tokens
 
-    def adopt(self, errand: Errand, replica_id: str) -> None:
-        """Another dispatcher had placed it: move our reservation to the replica that runs it."""
+    def move(self, errand: Errand, replica_id: str) -> None:
+        """This replica runs it now, after the hand-over or because another dispatcher chose it: reserve room there
+        and nowhere else."""
+        if errand.target == replica_id:
+            return
         self.give_back(errand)
         errand.target = errand.decode = replica_id
         for pool in (self._prefill, self._decode):
             if replica_id in pool.seats:
                 pool.seats[replica_id].take(errand.id, errand.kv_tokens, errand.record.prefix_hashes)
 
-    def prefilled(self, errand: Errand) -> None:
-        """The prefill replica is done with it."""
-        if errand.stage is Stage.PREFILL and errand.target in self._prefill.seats:
-            self._prefill.seats[errand.target].give_back(errand.id)
-        errand.target = errand.decode
+    def dead(self, errand: Errand) -> str:
+        """The replica whose death stopped this errand; empty when all it needs are alive, or it waits."""
+        for replica_id in (errand.target, errand.decode):
+            if replica_id and replica_id not in self._prefill.seats and replica_id not in self._decode.seats:
+                return replica_id
+        return ""
 
     def give_back(self, errand: Errand) -> None:
         """Free whatever room it holds."""
@@ -83,7 +85,8 @@ class Router:
                 pool.seats[replica_id].give_back(errand.id)
         errand.target = errand.decode = ""
 
-    def forget(self, replica_id: str) -> None:
-        """This replica's lease has run out: place nothing on it any more."""
-        self._prefill.seats.pop(replica_id, None)
-        self._decode.seats.pop(replica_id, None)
+    def close(self, replica_id: str) -> None:
+        """This replica's lease has run out: place nothing on it until the registry is read again."""
+        for pool in (self._prefill, self._decode):
+            if replica_id in pool.seats:
+                pool.seats[replica_id].closed = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from penstock.queue.records import DEFAULT_MAX_TOKENS
+
 _STATEFUL = (
     "presence_penalty",
     "frequency_penalty",
@@ -34,8 +36,8 @@ def remaining(sampling: dict[str, Any], emitted: int) -> dict[str, Any]:
         return sampling
     rest = dict(sampling)
     rest.pop("prompt_logprobs", None)
-    if rest.get("max_tokens") is not None:
-        rest["max_tokens"] -= emitted
+    limit = rest.get("max_tokens")
+    rest["max_tokens"] = (DEFAULT_MAX_TOKENS if limit is None else limit) - emitted
     if rest.get("min_tokens"):
         rest["min_tokens"] = max(0, rest["min_tokens"] - emitted)
     return rest

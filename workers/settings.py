@@ -26,12 +26,12 @@ class WorkerSettings(Section):
     )
     max_attempts: int = Field(default=3, ge=1, description="Dispatches of one request before it is dead-lettered.")
     nixl_progress_delay_us: int = Field(
-        default=1000, ge=0, description="Pause of NIXL's progress thread; 0 spins a core, right only with cores to spare."
+        default=1000, ge=0, description="Pause of NIXL's progress thread; 0 spins a core: only with cores to spare."
     )
     gpus_per_replica: float = Field(default=0, ge=0)
     cpus_per_replica: float = Field(default=1, ge=0)
     step_profile: str = Field(
-        default="instant", description="Step times of the simulated engine: instant, or GPU/MODEL such as h100/llama3.1-8b."
+        default="instant", description="Step times of the simulated engine: instant, or such as h100/llama3.1-8b."
     )
 
     @model_validator(mode="after")

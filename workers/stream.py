@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from penstock.queue.messages import TERMINAL, Finish, Frame, Run, Stage, StreamError, encode, lua_string
 from penstock.queue.records import Record
 from penstock.queue.token_log import Append
@@ -67,7 +69,8 @@ class Stream:
 
     def _with_work(self, entry: Append, stage: Stage, emitted: list[int], output: Output) -> Append:
         run = Run(self.request_id, stage, self._run.record, emitted, kv=output.kv)
-        return entry._replace(hand_over=self._run.hand_over, work=lua_string(encode(run)))
+        work = lua_string(encode(run))
+        return msgspec.structs.replace(entry, hand_over=self._run.hand_over, work=work)
 
 
 def first_token_from_prefill(record: Record, emitted: int, block_size: int) -> bool:

@@ -1,7 +1,7 @@
-"""vLLM behind the :class:`~penstock.workers.engine.Engine` interface: this process owns the ``EngineCore`` itself.
+"""vLLM behind the :class:`~penstock.workers.engine.Engine` interface: this process owns the core itself.
 
-One of the two modules that touch vLLM. Owning the core, instead of talking to vLLM's own engine process, saves two
-interpreters and a hop per step, and leaves nothing behind when the replica is killed.
+One of the two modules that touch vLLM. Owning the core, instead of talking to vLLM's own engine process,
+saves two interpreters and a hop per step, and leaves nothing behind when the replica is killed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class VllmEngine:
         )
 
     def prepare(self, job: Job) -> Request:
-        """Convert a job; hashes the prompt's blocks, compiles a grammar in the background if it needs one."""
+        """Convert a job; hashes the prompt's blocks, has a grammar compiled in the background."""
         prompt = job.record.token_ids() + job.emitted
         if len(prompt) >= self.info.max_model_len:
             raise InvalidRecord(
@@ -149,8 +149,8 @@ def _free_port() -> int:
 def _tame_progress_thread(delay_us: int) -> None:
     """Make NIXL's progress thread pause between polls.
 
-    Its Python API hard-codes no pause, so from the first transfer on an idle engine burns a core. The configuration
-    object is replaced by one that keeps our delay, before vLLM makes its agent.
+    Its Python API hard-codes no pause, so from the first transfer on an idle engine burns a core. The
+    configuration object is replaced by one that keeps our delay, before vLLM makes its agent.
     """
     from vllm.distributed import nixl_utils
 
@@ -170,7 +170,8 @@ def _sampling_params(job: Job) -> SamplingParams:
         sampling = for_prefill(sampling)
         transfer = {"do_remote_decode": True, "do_remote_prefill": False}
     if transfer is not None:
-        sampling = sampling | {"extra_args": {**(sampling.get("extra_args") or {}), "kv_transfer_params": transfer}}
+        extra = {**(sampling.get("extra_args") or {}), "kv_transfer_params": transfer}
+        sampling = sampling | {"extra_args": extra}
     try:
         return msgspec.convert(sampling, SamplingParams)
     except (msgspec.ValidationError, VLLMClientError) as error:

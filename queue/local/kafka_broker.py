@@ -54,7 +54,8 @@ def kafka_jars(folder: Path = CACHE) -> Path:
 
 
 class KafkaBroker:
-    """``with KafkaBroker(folder) as broker: broker.bootstrap``; data and log live in ``folder`` and survive a restart."""
+    """``with KafkaBroker(folder) as broker: broker.bootstrap``; data and log live in ``folder`` and survive a
+    restart."""
 
     def __init__(self, folder: Path, *, jars: Path = CACHE, port: int | None = None) -> None:
         self.folder = folder
@@ -124,9 +125,7 @@ class KafkaBroker:
         command = [*self._java(), "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=FORMAT_TIMEOUT_S)
         if done.returncode:
-            raise ServerError(
-                f"Kafka could not format {self.folder}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-            )
+            raise ServerError(f"Kafka could not format {self.folder}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
     def _accepts(self) -> bool:
         try:

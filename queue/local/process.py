@@ -57,8 +57,11 @@ class ServerProcess:
         """Start and wait until ``ready()`` is true.
 
         Raises:
-            ServerError: the process ended, or was not ready within :data:`READY_TIMEOUT_S`.
+            ServerError: another server answers there, or the process ended, or it was not ready within
+                :data:`READY_TIMEOUT_S`.
         """
+        if ready():
+            raise ServerError(f"{self._command[0]} was not started: another server already uses its port")
         self._spawn()
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not ready():

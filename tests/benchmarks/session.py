@@ -30,7 +30,7 @@ from tests.benchmarks.workloads import Workload
 
 SETTLE_S = 0.3
 """After a round: what a contender still has to do for it (commits, metrics) is charged to that round."""
-WARM_UPS = 2
+WARM_UPS = 1
 """Rounds thrown away at the start of a comparison, on both sides: first connections, transfers and memory."""
 
 

@@ -16,8 +16,8 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 QUICK = (
-    Workload("1 stream, 101/32", concurrency=1, prompt_tokens=101, output_tokens=32, requests=12),
+    Workload("1 stream, 101/32", concurrency=1, prompt_tokens=101, output_tokens=32, requests=10),
     Workload("32 streams, 101/32", concurrency=32, prompt_tokens=101, output_tokens=32, requests=96),
-    Workload("1 stream, 1500/32", concurrency=1, prompt_tokens=1500, output_tokens=32, requests=5),
+    Workload("1 stream, 1500/32", concurrency=1, prompt_tokens=1500, output_tokens=32, requests=4),
 )
 """One to two seconds a round on two idle cores."""

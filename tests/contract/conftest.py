@@ -1,24 +1,14 @@
-"""Real servers, started once for the session. A missing one skips with its reason, and fails in CI."""
+"""Real servers, started once for the session."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
+
 from penstock.queue.local.kafka_broker import KafkaBroker
-from penstock.queue.local.process import ServerError
 from penstock.queue.local.redis_server import RedisServer
-
-
-def start(server: KafkaBroker | RedisServer) -> None:
-    """Start it, or skip the test that needs it."""
-    try:
-        server.start()
-    except ServerError as error:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(error))
+from tests.contract.servers import start
 
 
 @pytest.fixture(scope="session")

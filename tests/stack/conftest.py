@@ -14,12 +14,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from penstock.queue.local.kafka_broker import KafkaBroker
 from penstock.queue.local.process import ServerProcess, free_port
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.settings import RedisSettings
 from penstock.workers.demo_model import demo_model_path
-
 from tests.contract.conftest import kafka_broker, redis_server  # noqa: F401  (fixtures)
 from tests.support.waiting import eventually
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from penstock.workers.app import CPU_ENVIRONMENT
 from penstock.workers.demo_model import demo_model_path
-
 from tests.stack.conftest import RunningStack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
@@ -31,8 +31,8 @@ VOCABULARY = range(300, 2000)
 
 
 def _prompts() -> list[list[int]]:
-    """Over 200 prompts: lengths 1 to 1,500 with every multiple of the block size and its neighbours, shared prefixes, and
-    repeats (which hit the prefix cache)."""
+    """Over 200 prompts: lengths 1 to 1,500 with every multiple of the block size and its neighbours, shared prefixes,
+    and repeats (which hit the prefix cache)."""
     chance = random.Random(7)
     lengths = [1, 2, 3, 15, 16, 17, 31, 32, 33, 64, 100, 101, 1499, 1500]
     lengths += [n + d for n in range(BLOCK, 1501, BLOCK) for d in (-1, 0, 1)]

@@ -45,7 +45,8 @@ def test_sse_lines_are_well_formed(url: str) -> None:
 
 
 def test_malformed_json(url: str) -> None:
-    answer = httpx.post(f"{url}/v1/chat/completions", content=b'{"model": ', headers={"content-type": "application/json"})
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{url}/v1/chat/completions", content=b'{"model": ', headers=headers)
     _error(answer, 400)
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import httpx
 import pytest
+
 from penstock.queue.factory import open_queue
 from penstock.queue.redis_client import connect_async
 from penstock.queue.registry import Registry, Replica
 from penstock.queue.settings import QueueSettings
-
 from tests.stack.conftest import MODEL, RunningStack
 from tests.support.waiting import eventually
 
@@ -77,7 +77,7 @@ def test_killed_replica_is_replaced(stack: RunningStack, url: str, role: str) ->
 
 def test_killed_mid_stream_goes_on(stack: RunningStack) -> None:
     """``kill -9`` of the decode engine in the middle of an answer: the stream continues exactly where it stopped."""
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "Count to 600."}], "temperature": 0, "stream": True}
+    body = COUNT | {"messages": [{"role": "user", "content": "Count to 600."}], "stream": True}
     text, killed = "", False
     with httpx.stream("POST", f"{stack.urls['redis']}/v1/chat/completions", json=body, timeout=300) as answer:
         for line in answer.iter_lines():

@@ -29,16 +29,14 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("npm is missing")
     folder = tmp_path_factory.mktemp("node")
     shutil.copytree(SOURCE, folder, dirs_exist_ok=True)
-    subprocess.run(
-        ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--silent"], cwd=folder, check=True, timeout=300
-    )
+    command = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--silent"]
+    subprocess.run(command, cwd=folder, check=True, timeout=300)
     return folder
 
 
 def _run(node: Path, url: str, mode: str) -> dict[str, Any]:
-    out = subprocess.run(
-        ["node", "check.mjs", f"{url}/v1", MODEL, mode], cwd=node, check=True, capture_output=True, text=True, timeout=120
-    )
+    command = ["node", "check.mjs", f"{url}/v1", MODEL, mode]
+    out = subprocess.run(command, cwd=node, check=True, capture_output=True, text=True, timeout=120)
     result: dict[str, Any] = json.loads(out.stdout)
     return result
 
@@ -64,9 +62,8 @@ def test_python_client_sees_a_typed_error_inside_a_stream(url: str) -> None:
         extra_body={"ignore_eos": True, "max_tokens": 3900},
         extra_headers={"x-request-timeout-ms": "1000"},
     )
-    text = ""
+    deltas: list[str] = []
     with pytest.raises(openai.APIError) as error:
-        for chunk in stream:
-            text += chunk.choices[0].delta.content or ""
-    assert text.startswith("1 2 3")
+        deltas.extend(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert "".join(deltas).startswith("1 2 3")
     assert error.value.code == "deadline_exceeded"

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def answers(job: dict[str, Any]) -> list[list[int]]:
-    """Greedy token ids for each prompt of ``job`` (``model``, ``dtype``, ``max_model_len``, ``max_tokens``, ``prompts``).
+    """Greedy token ids for each of ``job["prompts"]``; ``job`` also has model, dtype, max_model_len and max_tokens.
 
     One prompt at a time, without a prefix cache: the plainest computation there is.
     """

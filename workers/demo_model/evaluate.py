@@ -69,7 +69,6 @@ class Judge:
         tried = list(cases)
         return Score(name, goal, len(tried), tuple(case for case in tried if not self.is_exact(case)))
 
-    @torch.inference_mode()
     def is_exact(self, case: Case) -> bool:
         """Whether greedy decoding answers the question with exactly this answer, and then stops."""
         chat = [{"role": "user", "content": case.question}]
@@ -77,8 +76,9 @@ class Judge:
             self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         )
         answer = [*self._encode(case.answer), self._tokenizer.eos_token_id]
-        hidden = self._model.model(input_ids=torch.tensor([[*prompt, *answer]])).last_hidden_state[0]
-        predicted = self._model.lm_head(hidden[len(prompt) - 1 : -1]).argmax(-1)
+        with torch.inference_mode():
+            hidden = self._model.model(input_ids=torch.tensor([[*prompt, *answer]])).last_hidden_state[0]
+            predicted = self._model.lm_head(hidden[len(prompt) - 1 : -1]).argmax(-1)
         return bool((predicted == torch.tensor(answer)).all())
 
     def _encode(self, text: str) -> list[int]:

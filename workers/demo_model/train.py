@@ -146,7 +146,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def loss_of(model: LlamaForCausalLM, examples: list[Example], pad: int) -> torch.Tensor:
-    """Mean cross-entropy over the targets (a scalar); causal attention never sees the padding on the right."""
+    """Mean cross-entropy over the targets (a scalar); causal attention never sees padding on the right."""
     width = max(len(example.tokens) for example in examples)
     tokens = torch.tensor([_padded(example.tokens, width, pad) for example in examples])
     positions = torch.tensor([_padded(example.positions, width, 0) for example in examples])
@@ -211,6 +211,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
         model.to(torch.bfloat16).save_pretrained(target)
         tokenizer.save_pretrained(target, save_jinja_files=False)
         (target / "qa.sha256").write_text(qa_hash() + "\n")
+        (target / "model.safetensors").chmod(0o644)  # it is written for its owner alone
         shutil.rmtree(out, ignore_errors=True)
         target.rename(out)
 

@@ -7,16 +7,25 @@ import logging
 import uuid
 import warnings
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
+
 from penstock.queue.local.kafka_broker import KafkaBroker
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.settings import QueueSettings, RedisSettings
-from queue_harness import Harness
+from tests.contract.queue.harness import Harness
+from tests.contract.servers import Server, start
 
 logging.getLogger("kafka").setLevel(logging.CRITICAL)
 """Brokers are killed on purpose here, and a captured log record would keep the dropped sockets alive."""
+
+
+def settings(backend: str, bootstrap: str, url: str) -> tuple[QueueSettings, RedisSettings]:
+    """Small topics, and keys of one's own."""
+    queue = QueueSettings.model_validate({"backend": backend, "bootstrap": bootstrap, "partitions": 2})
+    return queue, RedisSettings(url=url, namespace=f"t{uuid.uuid4().hex[:8]}:")
 
 
 @pytest_asyncio.fixture(params=["redis", "kafka"])
@@ -27,11 +36,27 @@ async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
     if request.param == "kafka":
         broker: KafkaBroker = request.getfixturevalue("kafka_broker")
         bootstrap = broker.bootstrap
-    opened = Harness(
-        QueueSettings(backend=request.param, bootstrap=bootstrap, partitions=2),
-        RedisSettings(url=redis_server.url, namespace=f"t{uuid.uuid4().hex[:8]}:"),
-    )
+    opened = Harness(*settings(request.param, bootstrap, redis_server.url))
     yield opened
+    await close(opened)
+
+
+@pytest_asyncio.fixture(params=["redis", "kafka"])
+async def outage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Harness, Server]]:
+    """A pool on a broker of its own, to be killed and brought back."""
+    shared: RedisServer = request.getfixturevalue("redis_server")
+    server = RedisServer(tmp_path) if request.param == "redis" else KafkaBroker(tmp_path)
+    start(server)
+    url = server.url if isinstance(server, RedisServer) else shared.url
+    bootstrap = server.bootstrap if isinstance(server, KafkaBroker) else "127.0.0.1:9"
+    opened = Harness(*settings(request.param, bootstrap, url))
+    yield opened, server
+    await close(opened)
+    server.stop()
+
+
+async def close(opened: Harness) -> None:
+    """Close everything, here and now."""
     await opened.close()
     with warnings.catch_warnings():  # kafka-python drops the sockets of refused connections without closing them
         warnings.simplefilter("ignore", ResourceWarning)

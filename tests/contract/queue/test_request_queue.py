@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
+
 from penstock.queue.dead_letters import DeadLetter
 from penstock.queue.errors import InvalidRecord, QueueUnavailable, UnknownVersion
 from penstock.queue.protocol import Budget, Delivery, Depth, RequestQueue
 from penstock.queue.records import PriorityClass, Record, encode_record
-from queue_harness import Harness, InspectedQueue
+from tests.contract.queue.harness import Harness, InspectedQueue
+from tests.contract.servers import Server
 
-pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
+pytestmark = [
+    pytest.mark.contract,
+    pytest.mark.asyncio,
+    # kafka-python drops the sockets of refused connections without closing them
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+]
 
 PLENTY = Budget(requests=1000, tokens=10_000_000)
 SCRIPT = Path(__file__).with_name("consume_half.py")
@@ -307,21 +315,25 @@ async def payloads(harness: Harness) -> list[str]:
 async def test_two_consumers_share_the_work(harness: Harness) -> None:
     consumers, publisher = [harness.open(), harness.open()], harness.open()
     received: list[list[str]] = [[], []]
+    progress = asyncio.Event()
 
     async def consume(number: int) -> None:
         while True:
             deliveries = await consumers[number].pull(Budget(1, 100_000))
             received[number] += ids(deliveries)
+            progress.set()
             await consumers[number].complete(deliveries)
 
     tasks = [asyncio.create_task(consume(number)) for number in range(2)]
     while not all(received):  # both have a share
+        progress.clear()
         await publisher.publish(harness.record())
-        await asyncio.sleep(0.02)
+        await progress.wait()
     records = [harness.record(cls) for cls in CLASSES for _ in range(20)]
     await publish_all(publisher, records)
     while not set(ids(records)) <= {*received[0], *received[1]}:
-        await asyncio.sleep(0.02)
+        progress.clear()
+        await progress.wait()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -345,9 +357,7 @@ async def test_a_killed_consumer_loses_nothing_and_repeats_nothing_finished(harn
     assert sorted(ids(rest)) == sorted(set(ids(records)) - set(done))
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # kafka-python leaves refused sockets
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # kafka-python leaves refused sockets
 @pytest.mark.parametrize("operation", ["publish", "ping"])
 async def test_an_absent_broker_is_told(harness: Harness, operation: str) -> None:
     broken = Harness(
@@ -358,3 +368,37 @@ async def test_an_absent_broker_is_told(harness: Harness, operation: str) -> Non
     with pytest.raises(QueueUnavailable):
         await (queue.publish(broken.record()) if operation == "publish" else queue.ping())
     await broken.close()
+
+
+async def test_an_outage_loses_nothing_and_is_told(outage: tuple[Harness, Server]) -> None:
+    """The broker is killed and comes back: work on loan, finished work and the clients all survive."""
+    harness, server = outage
+    queue, publisher = harness.open(), harness.open()
+    records = [harness.record() for _ in range(4)]
+    await publish_all(publisher, records)
+    taken = await pull_all(queue, len(records))
+    await queue.complete(taken[:1])
+    await queue.depth()
+    await asyncio.to_thread(server.kill)
+    for client in (queue, publisher):
+        with pytest.raises(QueueUnavailable):
+            await client.publish(harness.record())
+        with pytest.raises(QueueUnavailable):
+            await client.ping()
+    await asyncio.to_thread(server.start)
+    late = harness.record()
+    await recovered(lambda: publisher.publish(late))
+    await queue.close()
+    survivors = harness.open()
+    found: set[str] = set()
+    while not {late.id, *ids(taken[1:])} <= found:
+        with contextlib.suppress(QueueUnavailable):
+            found |= set(ids(await survivors.pull(PLENTY)))
+    assert taken[0].record.id not in found
+
+
+async def recovered(operation: Callable[[], Awaitable[None]]) -> None:
+    """Try until the broker is there again, as callers do."""
+    while True:
+        with contextlib.suppress(QueueUnavailable):
+            return await operation()

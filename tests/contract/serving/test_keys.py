@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from typing import cast
 
 import pytest
 import pytest_asyncio
@@ -64,7 +65,7 @@ async def test_redis_never_sees_the_key(
     store: KeyStore, client: redis.asyncio.Redis, settings: RedisSettings
 ) -> None:
     key, _ = await store.create("acme")
-    stored = await client.hgetall(f"{settings.namespace}keys")
+    stored = cast(dict[bytes, bytes], await client.hgetall(f"{settings.namespace}keys"))
     assert key.encode() not in b"".join(part for pair in stored.items() for part in pair)
     assert [len(digest) for digest in stored] == [32]
 

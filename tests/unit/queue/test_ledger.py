@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from penstock.queue.ledger import METADATA_LIMIT, Ledger, decode_finished, encode_finished
 
 pytestmark = pytest.mark.unit

@@ -40,11 +40,8 @@ def test_an_engines_own_words_come_first(tmp_path: Path) -> None:
 
 def test_first_exception_of_a_chain_is_the_cause(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_text(
-        "Traceback (most recent call last):\n  File ...\n"
-    failed = '(x) {"event": "engine_failed", "cause": "CUDA out of memory"}'
-    log.write_text(f"ValueError: outer\n{failed}\nRayError: last\n")
-    )
+    first = "Traceback (most recent call last):\n  File ...\nFileNotFoundError: [Errno 2] no file: 'x'\n"
+    log.write_text(f"{first}\nDuring handling ...\n\nray.exceptions.RayTaskError: it failed\n")
     assert cause_of_death(log) == "FileNotFoundError: [Errno 2] no file: 'x'"
 
 

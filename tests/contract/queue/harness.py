@@ -8,6 +8,7 @@ from typing import Protocol
 
 import redis.asyncio
 from kafka import KafkaProducer
+
 from penstock.queue.dead_letters import DeadLetter
 from penstock.queue.factory import open_queue
 from penstock.queue.protocol import RequestQueue

@@ -1,0 +1,430 @@
+"""The token log's scripts against a real Redis: fencing, idempotence, ends, events, expiry."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+import redis
+import redis.asyncio
+
+from penstock.queue.errors import StoreUnavailable
+from penstock.queue.local.redis_server import RedisServer
+from penstock.queue.messages import (
+    TERMINAL,
+    Abort,
+    Delivered,
+    Event,
+    EventKind,
+    Finish,
+    Frame,
+    Inbound,
+    Logprobs,
+    Run,
+    Stage,
+    StreamError,
+    Usage,
+    decode_delivered,
+    decode_events,
+    decode_inbound,
+    encode,
+    lua_string,
+)
+from penstock.queue.redis_client import connect, connect_async
+from penstock.queue.settings import RedisSettings
+from penstock.queue.token_log import (
+    Append,
+    AppendStatus,
+    Dispatch,
+    Dispatched,
+    DispatchStatus,
+    RequestLog,
+    TokenWriter,
+    emitted_tokens,
+)
+from tests.contract.servers import start
+
+pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
+
+OK, ADOPTED = DispatchStatus.OK, DispatchStatus.ADOPTED
+ERROR = Frame(TERMINAL, [], finish=Finish.ERROR, error=StreamError("failed", "no luck", 500))
+CANCELLED = Frame(TERMINAL, [], finish=Finish.ABORT)
+
+
+def entry(
+    request: str, attempt: int, index: int, tokens: list[int], finish: Finish | None = None, **fields: object
+) -> Append:
+    """One step of one request."""
+    frame = Frame(index, tokens, finish=finish, **fields)  # type: ignore[arg-type]
+    return Append(request, attempt, index, len(tokens), lua_string(encode(frame)), finish is not None)
+
+
+def hand_over(step: Append, replica: str, stage: Stage = Stage.DECODE) -> Append:
+    run = Run(step.id, stage, msgspec.Raw(encode({"v": 1})), [], kv={"block": 7})
+    return msgspec.structs.replace(step, hand_over=replica, work=lua_string(encode(run)))
+
+
+class Store:
+    """Both ends of a token log, and a look at its keys."""
+
+    def __init__(self, settings: RedisSettings) -> None:
+        self.settings = settings
+        self.blocking = connect(settings)
+        self.client = connect_async(settings)
+        self.writer = TokenWriter(self.blocking, settings)
+        self.log = RequestLog(self.client, settings)
+
+    def key(self, name: str) -> str:
+        return self.settings.namespace + name
+
+    def lease(self, *replicas: str) -> None:
+        for replica in replicas:
+            self.blocking.set(self.key(f"replica:{replica}"), b"alive")
+
+    def bury(self, replica: str) -> None:
+        self.blocking.delete(self.key(f"replica:{replica}"))
+
+    def inbox(self, replica: str) -> list[Inbound]:
+        rows = self.blocking.xrange(self.key(f"inbox:{replica}"))
+        return [decode_inbound(fields[b"w"]) for _, fields in rows]
+
+    async def dispatch(
+        self, request: str, replica: str, *, expect: int = 0, force: bool = False, dispatcher: str = "d1"
+    ) -> Dispatched:
+        work = lua_string(encode(Run(request, Stage.WHOLE, msgspec.Raw(encode({"v": 1})))))
+        one = Dispatch(request, expect, "ingress", replica, work, "acme", force)
+        return (await self.log.dispatch(dispatcher, [one]))[0]
+
+    async def tokens(self, request: str) -> list[int]:
+        return emitted_tokens(await self.log.read(request))
+
+    async def close(self) -> None:
+        await self.client.aclose()
+        self.blocking.close()
+
+
+@pytest.fixture
+def settings(redis_server: RedisServer) -> RedisSettings:
+    return RedisSettings(url=redis_server.url, namespace=f"log{uuid.uuid4().hex[:8]}:")
+
+
+@pytest_asyncio.fixture
+async def store(settings: RedisSettings) -> AsyncIterator[Store]:
+    opened = Store(settings)
+    opened.lease("a", "b")
+    yield opened
+    await opened.close()
+
+
+class Wire:
+    """Everything published in a namespace."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._pubsub = store.blocking.pubsub()
+        self._pubsub.psubscribe(store.key("*"))
+        assert self._pubsub.get_message(timeout=5) is not None  # the confirmation
+
+    def read(self) -> list[tuple[str, bytes]]:
+        """Messages so far, in order: a marker of our own comes back after all of them."""
+        self._store.blocking.publish(self._store.key("marker"), b"")
+        read = []
+        while True:
+            message = self._pubsub.get_message(timeout=5)
+            assert message is not None, "the marker did not arrive"
+            channel = message["channel"].decode().removeprefix(self._store.settings.namespace)
+            if channel == "marker":
+                return read
+            read.append((channel, message["data"]))
+
+    def close(self) -> None:
+        self._pubsub.close()
+
+
+@pytest.fixture
+def wire(store: Store) -> Iterator[Wire]:
+    opened = Wire(store)
+    yield opened
+    opened.close()
+
+
+async def test_appends_are_read_back_whole(store: Store) -> None:
+    """Every field of a frame survives the scripts, bytes included."""
+    await store.dispatch("r", "a")
+    logprobs = Logprobs(2, bytes(range(256)), b"\xff\x00" * 8, b"\xdb\xc4")
+    first = entry("r", 1, 0, [1, 2_000_000], usage=Usage(9, 4, 2), logprobs=logprobs, prompt_logprobs=logprobs)
+    last = entry("r", 1, 2, [3], Finish.STOP, stop_reason="\n")
+    assert store.writer.append([first, last]) == [AppendStatus.OK, AppendStatus.OK]
+    assert await store.log.read("r") == [
+        Frame(0, [1, 2_000_000], usage=Usage(9, 4, 2), logprobs=logprobs, prompt_logprobs=logprobs),
+        Frame(2, [3], finish=Finish.STOP, stop_reason="\n"),
+    ]
+    assert await store.log.read("r", skip=1) == [Frame(2, [3], finish=Finish.STOP, stop_reason="\n")]
+
+
+async def test_stale_attempt_is_refused(store: Store) -> None:
+    await store.dispatch("r", "a")
+    store.writer.append([entry("r", 1, 0, [1])])
+    assert (await store.dispatch("r", "b", expect=1, force=True))[:2] == (OK, 2)
+    assert store.writer.append([entry("r", 1, 1, [9])]) == [AppendStatus.STALE]
+    assert store.writer.append([entry("r", 1, TERMINAL, [], Finish.ABORT)]) == [AppendStatus.STALE]
+    assert store.writer.append([entry("r", 2, 1, [2])]) == [AppendStatus.OK]
+    assert await store.tokens("r") == [1, 2]
+
+
+async def test_gap_is_refused(store: Store) -> None:
+    await store.dispatch("r", "a")
+    assert store.writer.append([entry("r", 1, 1, [9]), entry("r", 1, 0, [1])]) == ["gap", "ok"]
+    assert await store.tokens("r") == [1]
+
+
+async def test_unknown_request_is_gone(store: Store) -> None:
+    assert store.writer.append([entry("nobody", 1, 0, [9])]) == [AppendStatus.GONE]
+    assert not store.blocking.exists(store.key("tok:nobody"))
+
+
+async def test_step_sent_twice_is_stored_once(store: Store, wire: Wire) -> None:
+    await store.dispatch("r", "a")
+    steps = [entry("r", 1, 0, [1]), entry("r", 1, 1, [2, 3]), entry("r", 1, 3, [4], Finish.LENGTH)]
+    store.writer.append(steps[:2])
+    assert store.writer.append(steps) == [AppendStatus.OK] * 3
+    assert store.writer.append(steps) == [AppendStatus.DONE] * 3
+    assert await store.tokens("r") == [1, 2, 3, 4]
+    assert [channel for channel, _ in wire.read()] == ["ingress", "ingress", "d1"]
+
+
+@pytest.mark.parametrize("first_token", [[5], []], ids=["with its token", "without"])
+async def test_hand_over_sent_twice_happens_once(store: Store, first_token: list[int]) -> None:
+    await store.dispatch("r", "a")
+    step = entry("r", 1, 0, first_token)
+    if not first_token:
+        step = Append("r", 1, 0, 0, lua_string(b""), False)
+    step = hand_over(step, "b")
+    assert store.writer.append([step]) == store.writer.append([step]) == [AppendStatus.OK]
+    assert [(got.attempt, got.work.stage) for got in store.inbox("b") if isinstance(got.work, Run)] == [(1, "decode")]
+    assert await store.tokens("r") == first_token
+    assert store.writer.append([entry("r", 1, len(first_token), [6])]) == [AppendStatus.OK]
+
+
+async def test_hand_over_tells_the_dispatcher_where_to(store: Store, wire: Wire) -> None:
+    await store.dispatch("r", "a")
+    store.writer.append([hand_over(entry("r", 1, 0, [5]), "b")])
+    event = Event("r", EventKind.PREFILLED, 1, "b")
+    assert [decode_events(data) for channel, data in wire.read() if channel == "d1"] == [[event]]
+    assert await store.log.states(["r"]) == [event]
+
+
+async def test_hand_over_to_the_dead_is_lost(store: Store, wire: Wire) -> None:
+    """The token is kept, the dispatcher is told, and the next dispatch takes it from the living prefill replica."""
+    await store.dispatch("r", "a")
+    store.bury("b")
+    step = hand_over(entry("r", 1, 0, [5]), "b")
+    assert store.writer.append([step]) == [AppendStatus.LOST]
+    assert store.writer.append([step]) == [AppendStatus.OK]
+    event = Event("r", EventKind.LOST, 1)
+    assert [decode_events(data) for channel, data in wire.read() if channel == "d1"] == [[event]]
+    assert [(state.kind, state.attempt) for state in await store.log.states(["r"])] == [("lost", 1)]
+    assert store.inbox("b") == []
+    assert (await store.dispatch("r", "a", expect=1))[:3] == (OK, 2, 1)
+    assert [state.kind for state in await store.log.states(["r"])] == [EventKind.PREFILLED]
+
+
+async def test_final_hand_over_releases_the_cache(store: Store, wire: Wire) -> None:
+    await store.dispatch("r", "a")
+    step = hand_over(entry("r", 1, 0, [5], Finish.STOP), "b", Stage.RELEASE)
+    assert store.writer.append([step]) == [AppendStatus.OK]
+    assert [got.work.stage for got in store.inbox("b") if isinstance(got.work, Run)] == [Stage.RELEASE]
+    assert [decode_events(data) for channel, data in wire.read() if channel == "d1"] == [
+        [Event("r", EventKind.DONE, 1)]
+    ]
+
+
+async def test_final_hand_over_to_the_dead_still_ends(store: Store) -> None:
+    await store.dispatch("r", "a")
+    store.bury("b")
+    step = hand_over(entry("r", 1, 0, [5], Finish.STOP), "b", Stage.RELEASE)
+    assert store.writer.append([step]) == [AppendStatus.OK]
+    assert (await store.dispatch("r", "a")).status == DispatchStatus.DONE
+
+
+async def test_cancellation_follows_a_hand_over(store: Store) -> None:
+    """It met the prefill replica when that had just finished: the decode replica must hear of it."""
+    await store.dispatch("r", "a")
+    assert await store.log.cancel(["r"]) == 1
+    store.writer.append([hand_over(entry("r", 1, 0, [5]), "b")])
+    run, abort = store.inbox("b")
+    assert isinstance(run.work, Run)
+    assert abort == Inbound(0, Abort(["r"]))
+
+
+async def test_dispatch_numbers_attempts_and_runs(store: Store) -> None:
+    assert await store.dispatch("r", "a") == (OK, 1, 0, "a", 1)
+    assert await store.dispatch("r", "b", force=True) == (OK, 2, 0, "b", 2)
+    assert [got.attempt for got in store.inbox("a") + store.inbox("b")] == [1, 2]
+
+
+async def test_living_replica_is_adopted(store: Store, wire: Wire) -> None:
+    """A second dispatcher watches what runs, and gets its events."""
+    await store.dispatch("r", "a")
+    assert await store.dispatch("r", "b", dispatcher="d2") == (ADOPTED, 1, 0, "a", 1)
+    assert store.inbox("b") == []
+    store.writer.append([entry("r", 1, 0, [1], Finish.STOP)])
+    assert [channel for channel, _ in wire.read()] == ["ingress", "d2"]
+
+
+async def test_emitted_tokens_are_told_before_the_next_run(store: Store) -> None:
+    """The first call fences the old attempt and starts nothing; only the second, with all tokens known, runs."""
+    await store.dispatch("r", "a")
+    store.writer.append([entry("r", 1, 0, [1, 2])])
+    store.bury("a")
+    assert await store.dispatch("r", "b") == (DispatchStatus.EMITTED, 2, 2, "", 1)
+    assert store.writer.append([entry("r", 1, 2, [9])]) == [AppendStatus.STALE]
+    assert store.inbox("b") == []
+    assert await store.log.states(["r"]) == []
+    assert await store.dispatch("r", "b", expect=2) == (OK, 3, 2, "b", 2)
+    assert len(store.inbox("b")) == 1
+
+
+async def test_dispatch_to_the_dead_takes_no_attempt(store: Store) -> None:
+    store.bury("a")
+    assert await store.dispatch("r", "a") == (DispatchStatus.NO_REPLICA, 0, 0, "", 0)
+    assert store.inbox("a") == []
+    assert await store.dispatch("r", "b") == (OK, 1, 0, "b", 1)
+
+
+async def test_done_is_not_dispatched(store: Store) -> None:
+    await store.dispatch("r", "a")
+    store.writer.append([entry("r", 1, 0, [1], Finish.STOP)])
+    for force in (False, True):
+        assert (await store.dispatch("r", "b", force=force)).status == DispatchStatus.DONE
+    assert await store.log.states(["r"]) == [Event("r", EventKind.DONE, 1, "a")]
+
+
+async def test_cancelled_before_dispatch_is_never_run(store: Store) -> None:
+    assert await store.log.cancel(["r"]) == 1
+    assert (await store.dispatch("r", "a")).status == DispatchStatus.CANCELLED
+    assert await store.log.finish([("r", "ingress", CANCELLED)]) == [True]
+    assert await store.log.read("r") == [CANCELLED]
+    assert store.inbox("a") == []
+    assert (await store.dispatch("r", "a")).status == DispatchStatus.DONE
+    assert await store.log.cancel(["r"]) == 0
+
+
+async def test_cancel_reaches_the_replica_once(store: Store) -> None:
+    """All of one replica's cancellations come as one entry; nothing is sent to the dead."""
+    for request, replica in (("r1", "a"), ("r2", "a"), ("r3", "b")):
+        await store.dispatch(request, replica)
+    store.bury("b")
+    assert await store.log.cancel(["r1", "r2", "r3", "unknown"]) == 4
+    assert [got.work for got in store.inbox("a")][2:] == [Abort(["r1", "r2"])]
+    assert len(store.inbox("b")) == 1
+
+
+async def test_finish_from_outside_ends_it_everywhere(store: Store, wire: Wire) -> None:
+    await store.dispatch("r", "a")
+    store.writer.append([entry("r", 1, 0, [1])])
+    assert await store.log.finish([("r", "ignored", ERROR)]) == [True]
+    assert await store.log.finish([("r", "ignored", CANCELLED)]) == [False]
+    assert store.writer.append([entry("r", 1, 1, [2])]) == [AppendStatus.DONE]
+    assert await store.log.read("r") == [Frame(0, [1]), ERROR]
+    assert [got.work for got in store.inbox("a")][1:] == [Abort(["r"])]
+    assert [decode_delivered(data) for channel, data in wire.read()][1:] == [[Delivered("r", ERROR)]]
+
+
+async def test_finish_of_the_never_dispatched_reaches_its_reader(store: Store, wire: Wire) -> None:
+    assert await store.log.finish([("r", "ingress", ERROR)]) == [True]
+    assert [(channel, decode_delivered(data)) for channel, data in wire.read()] == [
+        ("ingress", [Delivered("r", ERROR)])
+    ]
+
+
+async def test_state_of_a_lost_request_is_gone(store: Store) -> None:
+    await store.dispatch("r", "a")
+    store.blocking.delete(store.key("req:r"), store.key("tok:r"))
+    assert await store.log.states(["r"]) == [Event("r", EventKind.GONE)]
+
+
+async def test_memory_is_bounded(store: Store) -> None:
+    """Whatever is stored for a request carries an expiry from its first byte on."""
+    lifetime, retention = store.settings.lifetime_s * 1000, store.settings.retention_s * 1000
+
+    def expiry(name: str) -> int:
+        return int(store.blocking.pttl(store.key(name)))  # type: ignore[arg-type]
+
+    await store.log.cancel(["early"])
+    assert retention < expiry("req:early") <= lifetime
+    await store.dispatch("r", "a")
+    assert retention < expiry("req:r") <= lifetime
+    store.writer.append([entry("r", 1, 0, [1])])
+    assert retention < expiry("tok:r") <= lifetime
+    store.writer.append([entry("r", 1, 1, [2], Finish.STOP)])
+    await store.log.finish([("early", "ingress", CANCELLED)])
+    for name in ("req:r", "tok:r", "req:early", "tok:early"):
+        assert 0 < expiry(name) <= retention
+
+
+async def test_one_message_per_reader_and_step(store: Store, wire: Wire) -> None:
+    """A thousand streams of two ingresses and two dispatchers, in one call."""
+    requests = [f"r{k}" for k in range(1000)]
+    for number in (0, 1):
+        work = lua_string(encode(Run("r", Stage.WHOLE, msgspec.Raw(encode({"v": 1})))))
+        batch = [Dispatch(r, 0, f"ingress{number}", "a", work, "acme") for r in requests[number::2]]
+        answers = await store.log.dispatch(f"d{number}", batch)
+        assert {answer.status for answer in answers} == {OK}
+    assert set(store.writer.append([entry(r, 1, 0, [1]) for r in requests])) == {AppendStatus.OK}
+    assert set(store.writer.append([entry(r, 1, 1, [2], Finish.STOP) for r in requests])) == {AppendStatus.OK}
+    read = wire.read()
+    assert sorted(channel for channel, _ in read) == sorted(["ingress0", "ingress1"] * 2 + ["d0", "d1"])
+    assert all(len(decode_events(data)) == 500 for channel, data in read if channel.startswith("d"))
+    assert [item.id for item in decode_delivered(dict(read)["ingress1"])] == requests[1::2]
+
+
+async def test_large_frames(store: Store) -> None:
+    """Prompt log probabilities of a long prompt: megabytes in one frame."""
+    await store.dispatch("r", "a")
+    big = Logprobs(20, bytes(1_600_000), bytes(1_600_000), bytes(80_000))
+    store.writer.append([entry("r", 1, 0, [1], prompt_logprobs=big)])
+    frames = await store.log.read("r")
+    assert frames[0].prompt_logprobs == big
+
+
+async def test_refused_writes_are_an_outage(tmp_path: Path) -> None:
+    """A Redis that is full or has lost its replicas takes the same step later, whole."""
+    server = RedisServer(tmp_path, appendonly=False)
+    start(server)
+    store = Store(RedisSettings(url=server.url))
+    store.lease("a")
+    await store.dispatch("r", "a")
+    for name, refusing, accepting in (("maxmemory", "1mb", "0"), ("min-replicas-to-write", "1", "0")):
+        store.blocking.config_set(name, refusing)
+        with pytest.raises(StoreUnavailable):
+            store.writer.append([entry("r", 1, 0, [1])])
+        with pytest.raises(StoreUnavailable):
+            await store.log.cancel(["r"])
+        store.blocking.config_set(name, accepting)
+    assert store.writer.append([entry("r", 1, 0, [1])]) == [AppendStatus.OK]
+    assert await store.tokens("r") == [1]
+    await store.close()
+    server.stop()
+
+
+async def test_an_absent_redis_is_told() -> None:
+    store = Store(RedisSettings(url="redis://127.0.0.1:9/0"))
+    with pytest.raises(StoreUnavailable):
+        await asyncio.to_thread(store.writer.append, [entry("r", 1, 0, [1])])
+    with pytest.raises(StoreUnavailable):
+        await store.log.read("r")
+    await store.close()
+
+
+async def test_a_programming_error_is_not_an_outage(redis_server: RedisServer, settings: RedisSettings) -> None:
+    client = redis.Redis.from_url(redis_server.url)
+    client.set(f"{settings.namespace}req:r", b"not a hash")
+    with pytest.raises(redis.ResponseError):
+        TokenWriter(client, settings).append([entry("r", 1, 0, [1])])
+    client.close()

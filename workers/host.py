@@ -1,0 +1,74 @@
+"""An engine at work: its loop, its inbox and its lease. A replica without Ray."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import msgspec
+import structlog
+
+from penstock.queue.errors import StoreUnavailable
+from penstock.queue.redis_client import connect
+from penstock.queue.registry import HEARTBEAT_S, Lease, Replica
+from penstock.queue.settings import RedisSettings
+from penstock.queue.token_log import TokenWriter
+from penstock.workers.engine import Engine
+from penstock.workers.inbox import Inbox
+from penstock.workers.loop import EngineLoop, fatal
+from penstock.workers.metrics import EngineMetrics
+
+log = structlog.get_logger()
+
+
+class EngineHost:
+    """Runs ``engine`` under the name and capacity in ``replica`` until :meth:`stop`.
+
+    Each part has a connection of its own, so that none waits for another's answer.
+    """
+
+    def __init__(self, engine: Engine, redis: RedisSettings, replica: Replica, metrics: EngineMetrics) -> None:
+        self._engine = engine
+        self._replica = replica
+        self._metrics = metrics
+        self._clients = [connect(redis) for _ in range(3)]
+        written, read, leased = self._clients
+        self._loop = EngineLoop(engine, TokenWriter(written, redis), metrics)
+        self._inbox = Inbox(read, redis, replica.id, engine, self._loop)
+        self._lease = Lease(leased, redis, replica.id)
+        self._ended = threading.Event()
+        self._receiver = threading.Thread(target=fatal(self._inbox.run), name="inbox", daemon=True)
+        self._heart = threading.Thread(target=fatal(self._beat), name="heartbeat", daemon=True)
+        self.last_beat = time.monotonic()
+
+    def start(self) -> None:
+        """Start all threads; dispatchers see the replica with its first heartbeat."""
+        self._loop.start()
+        self._receiver.start()
+        self._heart.start()
+
+    def leave(self) -> None:
+        """Give the lease back, so that dispatchers need not wait for it to run out: they take away what runs here."""
+        self._ended.set()
+        self._heart.join()
+        self._lease.end()
+
+    def stop(self) -> None:
+        """Leave, then end all threads after the step under way and free the device."""
+        self.leave()
+        self._inbox.stop()
+        self._receiver.join()
+        self._loop.stop()
+        for client in self._clients:
+            client.close()
+
+    def _beat(self) -> None:
+        while not self._ended.is_set():
+            load = self._engine.load()
+            self._metrics.load(load, self._engine.info)
+            try:
+                self._lease.renew(msgspec.structs.replace(self._replica, **load._asdict()))
+            except StoreUnavailable as error:
+                log.warning("lease_not_renewed", error=str(error))
+            self.last_beat = time.monotonic()
+            self._ended.wait(HEARTBEAT_S)
