@@ -97,9 +97,13 @@ class Intake:
         self._loaned.update((entry.position, entry) for entry in entries if entry.position not in buried)
         return deliveries
 
-    def on_loan(self, deliveries: Iterable[Delivery]) -> list[Entry]:
-        """Their entries, leaving out those that are no longer ours to finish."""
-        return [self._loaned[d.position] for d in deliveries if d.position in self._loaned]
+    def on_loan(self, deliveries: Iterable[Delivery]) -> list[Delivery]:
+        """Those that are still ours to finish."""
+        return [delivery for delivery in deliveries if delivery.position in self._loaned]
+
+    def entries(self, deliveries: Iterable[Delivery]) -> list[Entry]:
+        """The entries behind deliveries on loan."""
+        return [self._loaned[delivery.position] for delivery in deliveries]
 
     def forget(self, entries: Iterable[Entry]) -> None:
         """These are finished."""
@@ -108,7 +112,7 @@ class Intake:
 
     def give_back(self, deliveries: Sequence[Delivery]) -> None:
         """End these loans: their entries wait here again, ahead of later ones."""
-        entries = self.on_loan(deliveries)
+        entries = self.entries(self.on_loan(deliveries))
         self.forget(entries)
         self.put(entry._replace(deliveries=entry.deliveries + 1) for entry in entries)
 

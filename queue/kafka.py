@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -83,8 +83,9 @@ class KafkaQueue:
 
     async def complete(self, deliveries: Sequence[Delivery]) -> None:
         """Enter in the ledgers; the poll thread commits shortly after."""
-        self._finish(self._intake.on_loan(deliveries))
-        await self._codec.discard(delivery.record for delivery in deliveries)
+        ours = self._intake.on_loan(deliveries)
+        self._finish(self._intake.entries(ours))
+        await self._codec.discard(delivery.record for delivery in ours)
 
     async def release(self, deliveries: Sequence[Delivery]) -> None:
         """Delivered again by this consumer, or by another once the partition moves."""
@@ -92,7 +93,7 @@ class KafkaQueue:
 
     async def dead_letter(self, delivery: Delivery, reason: str) -> None:
         """Publish to the dead letters, then finish."""
-        for entry in self._intake.on_loan([delivery]):
+        for entry in self._intake.entries(self._intake.on_loan([delivery])):
             await self._bury(entry, reason)
 
     async def dead_letters(self, limit: int) -> list[DeadLetter]:
@@ -102,8 +103,8 @@ class KafkaQueue:
     async def depth(self) -> dict[PriorityClass, Depth]:
         """Exact but for what other consumers finished within their commit interval; own work is committed first."""
         if self._poller is not None and self._poller.healthy:
-            with broker_errors():
-                await asyncio.wait_for(asyncio.wrap_future(self._poller.flush()), CALL_TIMEOUT_S)
+            async with _within(CALL_TIMEOUT_S):
+                await asyncio.wrap_future(self._poller.flush())
         return await self._call(lambda: self._open_counter().count(), DEPTH_TIMEOUT_S)
 
     async def ping(self) -> None:
@@ -163,7 +164,8 @@ class KafkaQueue:
         """Wait for the next entries; raises when the poll thread has died or hangs."""
         if self._failure is None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._intake.changed(), STALL_S)
+                async with asyncio.timeout(STALL_S):
+                    await self._intake.changed()
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise QueueUnavailable(f"the Kafka consumer stopped: {failure!r}") from failure
@@ -191,8 +193,8 @@ class KafkaQueue:
 
         There is one, so clients are opened once; it keeps what it opened also when its caller was cancelled.
         """
-        with broker_errors():
-            return await asyncio.wait_for(self._loop.run_in_executor(self._calls, function), timeout_s)
+        async with _within(timeout_s):
+            return await self._loop.run_in_executor(self._calls, function)
 
     def _open_admin(self) -> KafkaAdminClient:
         if self._admin is None:
@@ -231,6 +233,14 @@ class KafkaQueue:
             ranges = {partition: (start, min(end, start + limit)) for partition, (start, end) in bounds.items()}
             records = sorted(reader.read(ranges), key=lambda found: found[1].timestamp)
         return [_dead_letter(partition, record) for partition, record in records[:limit]]
+
+
+@contextlib.asynccontextmanager
+async def _within(timeout_s: float) -> AsyncIterator[None]:
+    """Raise :class:`QueueUnavailable` when the broker fails or takes longer."""
+    with broker_errors():
+        async with asyncio.timeout(timeout_s):
+            yield
 
 
 def _dead_letter(partition: TopicPartition, record: Any) -> DeadLetter:

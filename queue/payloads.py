@@ -6,8 +6,9 @@ whichever broker carries it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -18,6 +19,10 @@ from penstock.queue.errors import InvalidRecord, PayloadTooLarge, QueueUnavailab
 from penstock.queue.records import Record, decode_record, encode_record
 from penstock.queue.redis_client import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
 from penstock.queue.settings import RedisSettings
+
+
+GRACE_S = 60
+"""A finished record may be read again until its end is committed; by then its payload must still be there."""
 
 
 class _Payload(msgspec.Struct, array_like=True):
@@ -32,24 +37,25 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Payload)
 
 
-def connect_once(settings: RedisSettings, timeout_s: float = COMMAND_TIMEOUT_S) -> redis.asyncio.Redis:
-    """A client that never repeats a command by itself: an append that timed out may have happened."""
+def connect_once(settings: RedisSettings) -> redis.asyncio.Redis:
+    """A client that never repeats a command by itself: an append that timed out may have happened.
+
+    It has no time-out of its own but for connecting: the library wraps each write in ``asyncio.wait_for``, which costs
+    a task and, before Python 3.12, loses a cancellation that arrives with the result. Use :func:`answering`.
+    """
     return redis.asyncio.Redis.from_url(
-        settings.url,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
-        socket_timeout=timeout_s,
-        retry=None,
-        protocol=2,
+        settings.url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=None, retry=None, protocol=2
     )
 
 
-@contextmanager
-def queue_errors() -> Iterator[None]:
-    """Raise :class:`QueueUnavailable` for whatever means that Redis did not answer or did not accept."""
+@asynccontextmanager
+async def answering(within_s: float = COMMAND_TIMEOUT_S) -> AsyncIterator[None]:
+    """Raise :class:`QueueUnavailable` for whatever means that Redis did not answer in time or did not accept."""
     try:
-        yield
+        async with asyncio.timeout(within_s):
+            yield
     except (redis.RedisError, OSError) as error:
-        raise QueueUnavailable(f"Redis did not accept: {error}") from error
+        raise QueueUnavailable(f"Redis did not accept: {error!r}") from error
 
 
 class RecordCodec:
@@ -85,11 +91,14 @@ class RecordCodec:
         return record if record.payload_ref is None else await self._attach(record, record.payload_ref)
 
     async def discard(self, records: Iterable[Record]) -> None:
-        """Forget the payloads of finished records."""
-        keys = [record.payload_ref for record in records if record.payload_ref is not None]
-        if keys:
-            with queue_errors():
-                await self._client.unlink(*keys)
+        """Forget the payloads of finished records, after :data:`GRACE_S`."""
+        pipeline = self._client.pipeline(transaction=False)
+        for record in records:
+            if record.payload_ref is not None:
+                pipeline.expire(record.payload_ref, GRACE_S)
+        if pipeline:
+            async with answering():
+                await pipeline.execute()
 
     async def _detach(self, record: Record) -> bytes:
         key = self._prefix + record.id
@@ -97,12 +106,12 @@ class RecordCodec:
         if len(data) > self._max_bytes:
             raise PayloadTooLarge(f"record has {len(data)} bytes without prompt and body; limit {self._max_bytes}")
         payload = _encoder.encode(_Payload(record.prompt, record.body, record.prefix_hashes))
-        with queue_errors():
+        async with answering():
             await self._client.set(key, payload, ex=self._lifetime_s)
         return data
 
     async def _attach(self, record: Record, key: str) -> Record:
-        with queue_errors():
+        async with answering():
             stored: Any = await self._client.get(key)
         if stored is None:
             raise InvalidRecord(f"payload {key} of the record is gone")

@@ -17,12 +17,10 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-import redis
-
 from penstock.queue.dead_letters import DeadLetter
 from penstock.queue.errors import QueueUnavailable
 from penstock.queue.intake import Entry, Intake
-from penstock.queue.payloads import RecordCodec, connect_once, queue_errors
+from penstock.queue.payloads import RecordCodec, answering, connect_once
 from penstock.queue.protocol import Budget, Delivery, Depth
 from penstock.queue.records import PriorityClass, Record, new_request_id
 from penstock.queue.redis_client import COMMAND_TIMEOUT_S
@@ -48,7 +46,7 @@ class RedisStreamsQueue:
     def __init__(self, queue: QueueSettings, redis_settings: RedisSettings, pool: str) -> None:
         prefix = f"{redis_settings.namespace}requests:{pool}:"
         self._client = connect_once(redis_settings)
-        self._blocking_client = connect_once(redis_settings, BLOCK_S + COMMAND_TIMEOUT_S)
+        self._blocking_client = connect_once(redis_settings)
         self._codec = RecordCodec(self._client, redis_settings, queue.max_record_bytes)
         self._intake = Intake(self._codec)
         self._streams = [prefix + cls for cls in PriorityClass]
@@ -60,6 +58,7 @@ class RedisStreamsQueue:
         self._pull = self._client.register_script(script("queue_pull"))
         self._settle = self._client.register_script(script("queue_settle"))
         self._depth = self._client.register_script(script("queue_depth"))
+        self._enter = self._client.register_script(script("queue_join"))
         self._leave = self._client.register_script(script("queue_leave"))
         self._outbox: list[tuple[int, int, bytes, asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
@@ -88,8 +87,9 @@ class RedisStreamsQueue:
 
     async def complete(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge and delete, the whole batch in one round trip."""
-        await self._finish_entries(self._intake.on_loan(deliveries), "")
-        await self._codec.discard(delivery.record for delivery in deliveries)
+        ours = self._intake.on_loan(deliveries)
+        await self._finish_entries(self._intake.entries(ours), "")
+        await self._codec.discard(delivery.record for delivery in ours)
 
     async def release(self, deliveries: Sequence[Delivery]) -> None:
         """Delivered again by this consumer, or by another once this one is gone."""
@@ -97,17 +97,17 @@ class RedisStreamsQueue:
 
     async def dead_letter(self, delivery: Delivery, reason: str) -> None:
         """Copy the entry to ``{ns}dead:{pool}`` and finish it in one transaction."""
-        await self._finish_entries(self._intake.on_loan([delivery]), reason)
+        await self._finish_entries(self._intake.entries(self._intake.on_loan([delivery])), reason)
 
     async def dead_letters(self, limit: int) -> list[DeadLetter]:
         """The oldest ``limit`` dead letters."""
-        with queue_errors():
+        async with answering():
             found: Any = await self._client.xrange(self._dead, count=limit)
         return [_dead_letter(entry_id.decode(), fields) for entry_id, fields in found]
 
     async def depth(self) -> dict[PriorityClass, Depth]:
         """Exact, read in one script call."""
-        with queue_errors():
+        async with answering():
             rows = await self._depth(keys=[*self._streams, self._counters])
         return {
             cls: Depth(requests, tokens, age_ms / 1000)
@@ -116,7 +116,7 @@ class RedisStreamsQueue:
 
     async def ping(self) -> None:
         """Return when Redis answers."""
-        with queue_errors():
+        async with answering():
             await self._client.ping()
 
     async def close(self) -> None:
@@ -126,10 +126,14 @@ class RedisStreamsQueue:
         self._closed = True
         await _cancel(self._reader, self._heartbeat)
         if self._heartbeat is not None:
-            with contextlib.suppress(redis.RedisError, OSError):  # else the lease runs out by itself
-                await self._leave(keys=[*self._streams, self._lease], args=[GROUP, self._consumer])
+            with contextlib.suppress(QueueUnavailable):  # the lease runs out by itself
+                await self._give_up_lease()
         await self._client.aclose()
         await self._blocking_client.aclose()
+
+    async def _give_up_lease(self) -> None:
+        async with answering():
+            await self._leave(keys=[*self._streams, self._lease], args=[GROUP, self._consumer])
 
     @property
     def _lease(self) -> str:
@@ -141,7 +145,7 @@ class RedisStreamsQueue:
             args = [part for rank, tokens, data, _ in batch for part in (rank, tokens, data)]
             failure: QueueUnavailable | None = None
             try:
-                with queue_errors():
+                async with answering():
                     await self._publish(keys=[*self._streams, self._counters], args=args)
             except QueueUnavailable as error:
                 failure = error
@@ -149,24 +153,19 @@ class RedisStreamsQueue:
                 _resolve(stored, failure)
 
     async def _join(self) -> None:
-        """Become a consumer of the group, on the first pull and after the server lost its data."""
-        if self._heartbeat is not None and not self._heartbeat.done():
-            return
-        with queue_errors():
+        if self._heartbeat is None:
             await self._renew()
-            for stream in self._streams:
-                with contextlib.suppress(redis.ResponseError):  # BUSYGROUP: it exists
-                    await self._client.xgroup_create(stream, GROUP, id="0", mkstream=True)
-        self._heartbeat = asyncio.create_task(self._beat())
+            self._heartbeat = self._heartbeat or asyncio.create_task(self._beat())
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            with contextlib.suppress(redis.ConnectionError, redis.TimeoutError):  # the next beat may get through
+            with contextlib.suppress(QueueUnavailable):  # the next beat may get through
                 await self._renew()
 
     async def _renew(self) -> None:
-        await self._client.set(self._lease, 1, px=int(LEASE_S * 1000))
+        async with answering():
+            await self._enter(keys=[*self._streams, self._lease], args=[GROUP, int(LEASE_S * 1000)])
 
     async def _read(self, budget: Budget) -> None:
         """Bring from the server what fits the budget beside what waits here already."""
@@ -181,7 +180,7 @@ class RedisStreamsQueue:
             int(adopt),
             *held,
         ]
-        with queue_errors():
+        async with answering():
             adopted, *rows = await self._pull(keys=self._streams, args=args)
         if adopt and not adopted:
             self._next_adoption = time.monotonic() + ADOPT_EVERY_S
@@ -203,7 +202,7 @@ class RedisStreamsQueue:
     async def _block(self) -> None:
         """Wait at the server. A task of its own: a read that is cancelled half-way would lose what it was given."""
         try:
-            with queue_errors():
+            async with answering(BLOCK_S + COMMAND_TIMEOUT_S):
                 reply: Any = await self._blocking_client.xreadgroup(
                     GROUP,
                     self._consumer,
@@ -234,7 +233,7 @@ class RedisStreamsQueue:
             return
         keys = [*self._streams, self._counters, self._dead]
         parts = [part for entry in entries for part in (entry.position[1], entry.position[2], entry.tokens)]
-        with queue_errors():
+        async with answering():
             await self._settle(keys=keys, args=[GROUP, reason, *parts])
         self._intake.forget(entries)
 

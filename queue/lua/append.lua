@@ -23,14 +23,14 @@ end
 for k, e in ipairs(batch) do
   local id, attempt, index, count, frame, final, replica, work = e[1], e[2], e[3], e[4], e[5], e[6], e[7], e[8]
   local req, tok = ns .. 'req:' .. id, ns .. 'tok:' .. id
-  local s = redis.call('HMGET', req, 'attempt', 'next', 'reply_to', 'dispatcher', 'done', 'replica', 'cancelled')
+  local s = redis.call('HMGET', req, 'attempt', 'next', 'reply_to', 'dispatcher', 'done', 'handed', 'cancelled')
   if s[5] then
     status[k] = 'done'
   elseif not s[1] then
     status[k] = 'gone'
   elseif tonumber(s[1]) ~= attempt then
     status[k] = 'stale'
-  elseif (index >= 0 and index < tonumber(s[2])) or (replica and replica == s[6]) then
+  elseif (index >= 0 and index < tonumber(s[2])) or (frame == '' and tonumber(s[6] or 0) == attempt) then
     status[k] = 'ok' -- one writer an attempt: this is its own append again, sent twice because the answer was lost
   elseif index > tonumber(s[2]) then
     status[k] = 'gap'
@@ -52,7 +52,7 @@ for k, e in ipairs(batch) do
     if replica then
       if redis.call('EXISTS', ns .. 'replica:' .. replica) == 1 then
         local inbox = ns .. 'inbox:' .. replica
-        redis.call('HSET', req, 'replica', replica)
+        redis.call('HSET', req, 'replica', replica, 'handed', attempt)
         redis.call('XADD', inbox, '*', 'w', '\146' .. cmsgpack.pack(attempt) .. work)
         if not final then post(events, s[4], cmsgpack.pack({id, 'prefilled', attempt, replica})) end
         if s[7] and not final then -- the cancellation found nothing in the prefill replica any more: pass it on

@@ -43,11 +43,13 @@ def _line(section: type[Section], values: Section, name: str) -> str:
     value = values.model_dump(mode="json")[name]
     if isinstance(value, str):
         value = _without_password(value)
+    return f"{name} = {json.dumps(value)}  # {variable}, {_origin(variable, name in values.model_fields_set)}"
+
+
+def _origin(variable: str, given: bool) -> str:
     if variable in os.environ:
-        origin = "environment"
-    else:
-        origin = "file" if name in values.model_fields_set else "default"
-    return f"{name} = {json.dumps(value)}  # {variable}, {origin}"
+        return "environment"
+    return "file" if given else "default"
 
 
 def _without_password(value: str) -> str:

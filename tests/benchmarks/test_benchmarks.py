@@ -14,7 +14,7 @@ from tests.benchmarks.figures import RoundError, check, figures, per_thousand_to
 from tests.benchmarks.load import Measured
 from tests.benchmarks.processes import cpu_by_group, sample
 from tests.benchmarks.report import markdown, tables
-from tests.benchmarks.results import LATEST, IdleProcess, Result, Round, Sheet, read
+from tests.benchmarks.results import ALONE, LATEST, IdleProcess, Result, Round, Sheet, read
 from tests.benchmarks.workloads import Workload
 
 pytestmark = pytest.mark.unit
@@ -86,6 +86,8 @@ def _result() -> Result:
         workloads=[WORKLOAD],
         contenders={"vllm": Sheet({"all": 1.0}, {"engine": 5.0}, [IdleProcess("p", "engine", 0.25, 0)])},
     )
+    alone = dict.fromkeys(figures(GOOD), 110.0)
+    result.rounds.append(Round(ALONE, "vllm", WORKLOAD.name, 0, alone, {"api server": 110.0}))
     for number, (reference, subject) in enumerate([(100.0, 50.0), (10.0, 20.0)]):
         for name, value, group in (("vllm", reference, "api server"), ("pd-kafka", subject, "ingress")):
             values = dict.fromkeys(figures(GOOD), value)
@@ -101,6 +103,8 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert (row.ratio.median, row.ratio.low, row.ratio.high) == (1.25, 0.5, 2.0)
     assert row.reference is not None
     assert row.reference.median == 55.0
+    assert row.alone is not None
+    assert row.alone.median == 110.0
 
 
 def test_a_group_of_one_side_has_no_ratio() -> None:
@@ -114,7 +118,7 @@ def test_a_result_is_read_back_and_rendered(tmp_path: Path) -> None:
     result = _result()
     assert read(result.write(tmp_path)) == result == read(tmp_path / LATEST)
     page = markdown(result)
-    assert "| output tokens/s | 55 | 35 | 1.25 | 0.50 – 2.00 |" in page
+    assert "| output tokens/s | 110 | 55 | 35 | 1.25 | 0.50 – 2.00 |" in page
     assert "| idle: all (cores) | 0.250 |" in page
     assert len(tables(result)) == 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import uuid
 import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,18 +13,11 @@ import pytest_asyncio
 
 from penstock.queue.local.kafka_broker import KafkaBroker
 from penstock.queue.local.redis_server import RedisServer
-from penstock.queue.settings import QueueSettings, RedisSettings
-from tests.contract.queue.harness import Harness
+from tests.contract.queue.harness import Harness, settings
 from tests.contract.servers import Server, start
 
 logging.getLogger("kafka").setLevel(logging.CRITICAL)
 """Brokers are killed on purpose here, and a captured log record would keep the dropped sockets alive."""
-
-
-def settings(backend: str, bootstrap: str, url: str) -> tuple[QueueSettings, RedisSettings]:
-    """Small topics, and keys of one's own."""
-    queue = QueueSettings.model_validate({"backend": backend, "bootstrap": bootstrap, "partitions": 2})
-    return queue, RedisSettings(url=url, namespace=f"t{uuid.uuid4().hex[:8]}:")
 
 
 @pytest_asyncio.fixture(params=["redis", "kafka"])

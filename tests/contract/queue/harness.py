@@ -16,6 +16,12 @@ from penstock.queue.records import PriorityClass, Record, new_request_id, now_ms
 from penstock.queue.settings import QueueSettings, RedisSettings
 
 
+def settings(backend: str, bootstrap: str, url: str) -> tuple[QueueSettings, RedisSettings]:
+    """Small topics, and keys of one's own."""
+    queue = QueueSettings.model_validate({"backend": backend, "bootstrap": bootstrap, "partitions": 2})
+    return queue, RedisSettings(url=url, namespace=f"t{uuid.uuid4().hex[:8]}:")
+
+
 class InspectedQueue(RequestQueue, Protocol):
     """A queue whose dead letters can be read back."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -115,6 +115,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(deadline=None)
 
 
 def alternating(count: int, step: int) -> Ledger:
@@ -127,6 +128,7 @@ def alternating(count: int, step: int) -> Ledger:
     return ledger
 
 
+@settings(deadline=None)
 @given(count=st.integers(1, 20_000), step=st.integers(2, 1000))
 def test_metadata_never_exceeds_the_brokers_limit(count: int, step: int) -> None:
     metadata = alternating(count, step).metadata()
@@ -165,6 +167,7 @@ def test_metadata_of_another_build_is_ignored(metadata: str) -> None:
     assert [ledger.deliver(offset) for offset in (7, 8)] == [True, True]
 
 
+@settings(deadline=None)
 @given(
     watermark=st.integers(0, 2**62),
     lengths=st.lists(st.tuples(st.integers(0, 2**20), st.integers(1, 2**20)), max_size=50),

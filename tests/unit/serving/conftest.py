@@ -29,8 +29,6 @@ def edge(keys: MemoryKeys) -> Callable[..., App]:
 
     def build(app: App, missing: Missing = nothing_missing, **settings: object) -> App:
         ingress = IngressSettings.model_validate(settings)
-        return wrap(
-            app, settings=ingress, authenticator=Authenticator(keys, open_mode=False), missing=missing
-        )
+        return wrap(app, settings=ingress, authenticator=Authenticator(keys, open_mode=False), missing=missing)
 
     return build

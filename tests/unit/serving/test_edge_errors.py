@@ -35,9 +35,7 @@ async def test_permanent_error_is_not_to_be_retried(edge: Edge) -> None:
 
 
 async def test_anthropic_clients_get_their_own_shape(edge: Edge) -> None:
-    reply = await post(
-        edge(Failing(QueueUnavailable("no broker"))), "/v1/messages", {}, AUTH | {"x-request-id": "r1"}
-    )
+    reply = await post(edge(Failing(QueueUnavailable("no broker"))), "/v1/messages", {}, AUTH | {"x-request-id": "r1"})
     assert reply.json() == {
         "type": "error",
         "error": {"type": "overloaded_error", "message": "no broker"},

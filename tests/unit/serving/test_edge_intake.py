@@ -22,9 +22,7 @@ async def test_context_reaches_the_application_with_the_body_untouched(edge: Edg
     app = Recorder()
     body = b'{"model": "m", "stream": true, "metadata": {"team": "x", "none": null}, "messages": []}'
     trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
-    await post(
-        edge(app), CHAT, body, AUTH | {"traceparent": trace, "tracestate": "v=1", "x-request-id": "mine"}
-    )
+    await post(edge(app), CHAT, body, AUTH | {"traceparent": trace, "tracestate": "v=1", "x-request-id": "mine"})
     seen = app.seen
     assert app.bodies == [body]
     assert seen.body == body

@@ -75,9 +75,7 @@ async def test_listening_to_the_network_needs_a_key(keys: MemoryKeys) -> None:
         await open_authenticator(MemoryKeys({}), "0.0.0.0")
     with pytest.raises(Unauthorized):
         await (await open_authenticator(keys, "0.0.0.0")).authenticate(None)
-    assert (
-        await (await open_authenticator(MemoryKeys({}), "::1")).authenticate(None)
-    ).tenant == DEFAULT_TENANT
+    assert (await (await open_authenticator(MemoryKeys({}), "::1")).authenticate(None)).tenant == DEFAULT_TENANT
 
 
 @pytest.mark.parametrize(

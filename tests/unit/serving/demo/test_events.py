@@ -15,9 +15,7 @@ def test_events_are_read_as_the_log_grows(tmp_path: Path) -> None:
     log = tmp_path / "workers.log"
     follower = LogFollower(log)
     assert follower.events() == {}
-    log.write_text(
-        'plain words\n{"event": "ray_ready", "seconds": 3}\n(ServeReplica pid=7) {"event": "engine_fai'
-    )
+    log.write_text('plain words\n{"event": "ray_ready", "seconds": 3}\n(ServeReplica pid=7) {"event": "engine_fai')
     assert set(follower.events()) == {"ray_ready"}
     with log.open("a") as more:
         more.write('led", "cause": "no such model"}\n')
@@ -32,9 +30,7 @@ def test_lines_that_are_no_events(line: str) -> None:
 
 def test_an_engines_own_words_come_first(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_text(
-        'ValueError: outer\n(x) {"event": "engine_failed", "cause": "CUDA out of memory"}\nRayError: last\n'
-    )
+    log.write_text('ValueError: outer\n(x) {"event": "engine_failed", "cause": "CUDA out of memory"}\nRayError: last\n')
     assert cause_of_death(log) == "CUDA out of memory"
 
 

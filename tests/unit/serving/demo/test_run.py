@@ -52,9 +52,7 @@ def test_logs_of_a_failed_run_are_kept_until_the_next_start() -> None:
     assert not run.folder.exists()
 
 
-def test_temporary_folder_leaves_room_for_the_paths_of_sockets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_temporary_folder_leaves_room_for_the_paths_of_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tempfile
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("deep" * 20)))

@@ -1,0 +1,342 @@
+"""The token reader: each frame once and in order, whatever the connection does."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import redis
+
+from penstock.queue import mailbox as mailbox_module
+from penstock.queue.local.redis_server import RedisServer
+from penstock.queue.mailbox import Mailbox, TokenReader
+from penstock.queue.messages import (
+    TERMINAL,
+    Delivered,
+    Finish,
+    Frame,
+    StreamError,
+    encode,
+    lua_string,
+)
+from penstock.queue.redis_client import connect, connect_async
+from penstock.queue.settings import RedisSettings
+from penstock.queue.token_log import Append, Dispatch, RequestLog, TokenWriter
+from tests.contract.servers import start
+
+pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
+
+PATIENCE_S = 20
+CHANNEL = "ingress:test"
+ERROR = Frame(TERMINAL, [], finish=Finish.ERROR, error=StreamError("failed", "no luck", 500))
+
+
+class Ingress:
+    """A reader at work, and an engine that writes what it reads."""
+
+    def __init__(self, settings: RedisSettings) -> None:
+        self.settings = settings
+        self.blocking = connect(settings)
+        self.client = connect_async(settings)
+        self.log = RequestLog(self.client, settings)
+        self.reader = TokenReader(Mailbox(self.client, settings, CHANNEL), self.log)
+        self.seen: dict[str, list[Frame]] = {}
+        self._writer = TokenWriter(self.blocking, settings)
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read, and return when Redis has the subscription."""
+        self._task = asyncio.create_task(self._read())
+        await self.subscribed()
+
+    async def subscribed(self) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not await self.subscribers():
+                await asyncio.sleep(0.01)
+
+    async def subscribers(self) -> int:
+        try:
+            ((_, count),) = await self.client.pubsub_numsub(self.settings.namespace + CHANNEL)
+        except redis.ConnectionError:  # it is being restarted
+            return 0
+        return int(count)
+
+    async def _read(self) -> None:
+        async for batch in self.reader.batches():
+            for item in batch:
+                self.seen.setdefault(item.id, []).append(item.frame)
+            self._changed.set()
+
+    async def dispatch(self, request: str) -> None:
+        self.blocking.set(f"{self.settings.namespace}replica:a", b"1")
+        await self.log.dispatch("d", [Dispatch(request, 0, CHANNEL, "a", lua_string(encode({})), "t")])
+
+    def emit(self, request: str, index: int, finish: Finish | None = None, count: int = 1) -> None:
+        """Append one frame; token k of a stream is k."""
+        frame = Frame(index, list(range(index, index + count)), finish=finish)
+        step = Append(request, 1, index, count, lua_string(encode(frame)), finish is not None)
+        assert self._writer.append([step]) == ["ok"]
+
+    def emit_unheard(self, request: str, index: int, finish: Finish | None = None) -> None:
+        """Append, but lose the message on the way: it goes to a channel nobody reads."""
+        key = f"{self.settings.namespace}req:{request}"
+        self.blocking.hset(key, "reply_to", "nowhere")
+        self.emit(request, index, finish)
+        self.blocking.hset(key, "reply_to", CHANNEL)
+
+    def publish(self, *items: Delivered) -> None:
+        """Put a message of our own on the line."""
+        self.blocking.publish(self.settings.namespace + CHANNEL, encode(list(items)))
+
+    async def until(self, request: str, tokens: int, *, ended: bool = False) -> list[Frame]:
+        """Frames of one stream once that many tokens (and the end) are there."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not self._complete(request, tokens, ended):
+                self._changed.clear()
+                await self._changed.wait()
+        frames = self.seen[request]
+        assert [token for frame in frames for token in frame.tokens] == list(range(tokens))
+        return frames
+
+    def _complete(self, request: str, tokens: int, ended: bool) -> bool:
+        frames = self.seen.get(request, [])
+        finished = bool(frames) and frames[-1].finish is not None
+        return sum(len(frame.tokens) for frame in frames) >= tokens and (finished or not ended)
+
+    async def settled(self) -> None:
+        """Everything published so far has been handled: a later stream's frame has come through."""
+        marker = f"marker{uuid.uuid4().hex}"
+        self.reader.open(marker)
+        self.publish(Delivered(marker, Frame(0, [0], finish=Finish.STOP)))
+        await self.until(marker, 1)
+
+    def kill_connection(self) -> None:
+        """What a fail-over or a broken network does to the subscription."""
+        assert self.blocking.execute_command("CLIENT", "KILL", "TYPE", "pubsub") > 0
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            (result,) = await asyncio.gather(self._task, return_exceptions=True)
+            assert isinstance(result, asyncio.CancelledError), result
+        await self.client.aclose()
+        self.blocking.close()
+
+
+@pytest_asyncio.fixture
+async def ingress(redis_server: RedisServer) -> AsyncIterator[Ingress]:
+    opened = Ingress(RedisSettings(url=redis_server.url, namespace=f"mb{uuid.uuid4().hex[:8]}:"))
+    await opened.start()
+    yield opened
+    await opened.close()
+
+
+async def opened_stream(ingress: Ingress, request: str = "r") -> None:
+    ingress.reader.open(request)
+    await ingress.dispatch(request)
+
+
+async def test_frames_arrive_in_order(ingress: Ingress) -> None:
+    await opened_stream(ingress)
+    for index in range(5):
+        ingress.emit("r", index)
+    ingress.emit("r", 5, Finish.STOP)
+    assert len(await ingress.until("r", 6, ended=True)) == 6
+
+
+async def test_lost_message_is_read_from_the_log(ingress: Ingress) -> None:
+    await opened_stream(ingress)
+    ingress.emit("r", 0)
+    ingress.emit_unheard("r", 1)
+    ingress.emit_unheard("r", 2)
+    ingress.emit("r", 3, Finish.STOP)
+    assert len(await ingress.until("r", 4, ended=True)) == 4
+
+
+async def test_tokens_lost_before_an_error_are_delivered_first(ingress: Ingress) -> None:
+    """An error has no position, so that nothing in it shows what was missed."""
+    await opened_stream(ingress)
+    ingress.emit_unheard("r", 0)
+    await ingress.log.finish([("r", CHANNEL, ERROR)])
+    assert await ingress.until("r", 1, ended=True) == [Frame(0, [0]), ERROR]
+
+
+async def test_duplicates_are_dropped(ingress: Ingress) -> None:
+    """Also an end that carries no tokens, which a position alone would not tell from the next frame."""
+    await opened_stream(ingress)
+    ingress.emit("r", 0)
+    ingress.publish(Delivered("r", Frame(0, [0])))
+    ingress.emit("r", 1, Finish.ABORT, count=0)
+    again = Delivered("r", Frame(1, [], finish=Finish.ABORT))
+    ingress.publish(again, again)
+    await ingress.settled()
+    assert ingress.seen["r"] == [Frame(0, [0]), Frame(1, [], finish=Finish.ABORT)]
+
+
+async def test_repeated_error_is_delivered_once(ingress: Ingress) -> None:
+    await opened_stream(ingress)
+    await ingress.log.finish([("r", CHANNEL, ERROR)])
+    ingress.publish(Delivered("r", ERROR), Delivered("r", ERROR))
+    await ingress.settled()
+    assert ingress.seen["r"] == [ERROR]
+
+
+async def test_gap_and_end_in_one_message(ingress: Ingress) -> None:
+    """The log read for the gap already holds the end that the same message brings."""
+    await opened_stream(ingress)
+    ingress.emit_unheard("r", 0)
+    ingress.emit_unheard("r", 1)
+    frame, end = Frame(1, [1]), Frame(2, [], finish=Finish.ABORT)
+    step = Append("r", 1, 2, 0, lua_string(encode(end)), True)
+    assert TokenWriter(ingress.blocking, ingress.settings).append([step]) == ["ok"]
+    ingress.publish(Delivered("r", frame), Delivered("r", end))
+    await ingress.settled()
+    assert ingress.seen["r"] == [Frame(0, [0]), frame, end]
+
+
+async def test_frames_of_unknown_streams_are_ignored(ingress: Ingress) -> None:
+    await opened_stream(ingress)
+    await ingress.dispatch("other")
+    ingress.emit("other", 0)
+    ingress.emit("r", 0)
+    ingress.reader.close("never opened")
+    await ingress.until("r", 1)
+    ingress.reader.close("r")
+    ingress.emit("r", 1)
+    await ingress.settled()
+    assert len(ingress.seen["r"]) == 1
+    assert "other" not in ingress.seen
+
+
+async def test_reader_opened_late_gets_what_it_missed(ingress: Ingress) -> None:
+    await ingress.dispatch("r")
+    for index in range(3):
+        ingress.emit("r", index)
+    await ingress.settled()
+    ingress.reader.open("r")
+    ingress.emit("r", 3)
+    assert len(await ingress.until("r", 4)) == 4
+
+
+async def test_reconnection_catches_up(ingress: Ingress) -> None:
+    """The message was published to a connection that is dead, and nothing follows it."""
+    await opened_stream(ingress, "r")
+    await opened_stream(ingress, "idle")
+    ingress.emit("r", 0)
+    await ingress.until("r", 1)
+    ingress.kill_connection()
+    ingress.emit_unheard("r", 1, Finish.STOP)
+    await ingress.until("r", 2, ended=True)
+    await ingress.subscribed()
+    ingress.emit("idle", 0)
+    await ingress.until("idle", 1)
+
+
+async def test_many_reconnections_while_streaming(ingress: Ingress) -> None:
+    """Every fifth frame the line is cut; nothing is lost or repeated."""
+    await opened_stream(ingress)
+    for index in range(60):
+        if index % 5 == 0 and await ingress.subscribers():
+            ingress.kill_connection()
+        await asyncio.to_thread(ingress.emit, "r", index)
+    ingress.emit("r", 60, Finish.STOP)
+    assert len(await ingress.until("r", 61, ended=True)) == 61
+
+
+async def test_what_is_published_before_the_subscription_is_read(redis_server: RedisServer) -> None:
+    ingress = Ingress(RedisSettings(url=redis_server.url, namespace=f"mb{uuid.uuid4().hex[:8]}:"))
+    await opened_stream(ingress)
+    ingress.emit("r", 0, Finish.STOP)
+    await ingress.start()
+    await ingress.until("r", 1, ended=True)
+    await ingress.close()
+
+
+async def test_redis_restarts(tmp_path: Path) -> None:
+    """Killed and started again: subscription and log come back, and the reader survives a log it could not read."""
+    server = RedisServer(tmp_path)
+    start(server)
+    ingress = Ingress(RedisSettings(url=server.url))
+    await ingress.start()
+    await opened_stream(ingress)
+    ingress.emit("r", 0)
+    await ingress.until("r", 1)
+    server.stop()
+    start(server)
+    await ingress.subscribed()
+    ingress.emit("r", 1, Finish.STOP)
+    await ingress.until("r", 2, ended=True)
+    await ingress.close()
+    server.stop()
+
+
+class SilentLine:
+    """A line to Redis that can stop passing bytes without closing, as a dead switch does."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._open = asyncio.Event()
+        self._open.set()
+        self._pumps: set[asyncio.Task[None]] = set()
+        self.connections = 0
+
+    async def start(self) -> int:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            self._pumps.add(asyncio.create_task(self._pump(source, sink)))
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65536):
+                await self._open.wait()
+                sink.write(data)
+        except ConnectionError:
+            return
+        finally:
+            sink.close()
+
+    def silence(self) -> None:
+        """Pass nothing more on connections there are; new ones wait as well."""
+        self._open.clear()
+
+    def restore(self) -> None:
+        self._open.set()
+
+    async def close(self) -> None:
+        self._server.close()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+
+async def test_half_open_connection_is_noticed(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing arrives and nothing is refused: unanswered pings give the connection up."""
+    monkeypatch.setattr(mailbox_module, "PING_INTERVAL_S", 0.1)
+    line = SilentLine(redis_server.port)
+    port = await line.start()
+    settings = RedisSettings(url=f"redis://127.0.0.1:{port}/0", namespace=f"mb{uuid.uuid4().hex[:8]}:")
+    client = connect_async(settings)
+    messages = Mailbox(client, settings, CHANNEL).messages()
+    assert await anext(messages) is None
+    waiting = asyncio.create_task(anext(messages))
+    line.silence()
+    before = line.connections
+    async with asyncio.timeout(PATIENCE_S):
+        while line.connections == before:
+            await asyncio.sleep(0.01)
+    line.restore()
+    async with asyncio.timeout(PATIENCE_S):
+        assert await waiting is None
+    await messages.aclose()
+    await client.aclose()
+    await line.close()

@@ -1,0 +1,452 @@
+"""Dispatcher, queue, token log and engine hosts together: every accepted request ends, exactly, whoever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from penstock.queue.messages import TERMINAL, Finish, Frame
+from penstock.queue.records import PriorityClass, now_ms
+from penstock.workers.simulated.tokens import expected_tokens
+from tests.contract.workers.cluster import Cluster, Worker
+
+pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
+
+STATEFUL = {"max_tokens": 8, "seed": 7}
+CONTINUABLE = {"max_tokens": 8}
+
+
+async def test_mixed_pool_answers(mixed: Cluster) -> None:
+    mixed.add()
+    mixed.dispatch()
+    await mixed.completes(*[await mixed.send(n, {"max_tokens": m}) for n in (1, 4, 9) for m in (1, 2, 7)])
+    await mixed.drained()
+
+
+@pytest.mark.parametrize("prompt", [3, 4, 5, 8, 64], ids=lambda n: f"{n} tokens")
+@pytest.mark.parametrize("sampling", [CONTINUABLE, STATEFUL, {"max_tokens": 1}], ids=["plain", "seed", "one token"])
+async def test_split_pool_answers(split: Cluster, prompt: int, sampling: dict[str, int]) -> None:
+    """Also where the prompt fills its last block of 4, where the first token cannot be shared, or is the last."""
+    prefill, decode = split.add("prefill"), split.add("decode")
+    split.dispatch()
+    record = await split.send(prompt, sampling)
+    await split.completes(record)
+    await split.drained()
+    assert bool(prefill.engine.started) == (sampling["max_tokens"] > 1)
+    assert decode.engine.started
+    await split.until(lambda: prefill.engine.used_blocks == decode.engine.used_blocks == 0, "no block is held")
+
+
+async def test_split_pool_stop_token_in_prefill(split: Cluster) -> None:
+    """The first token is also the last: decode only releases the cache."""
+    prefill, _ = split.add("prefill"), split.add("decode")
+    split.dispatch()
+    prompt = [5, 6, 7]
+    (stop,) = expected_tokens(prompt, 1)
+    record = await split.send(prompt, {"max_tokens": 8, "stop_token_ids": [stop]})
+    assert (await split.end(record)).finish is Finish.STOP
+    assert split.tokens(record) == [stop]
+    await split.drained()
+    await split.until(lambda: prefill.engine.used_blocks == 0, "no block is held")
+
+
+async def test_short_prompts_skip_the_prefill_pool(split: Cluster) -> None:
+    prefill, _ = split.add("prefill"), split.add("decode")
+    split.dispatch(short_prompt_tokens=10)
+    await split.completes(await split.send(10))
+    assert prefill.engine.started == []
+    await split.completes(await split.send(11))
+    assert prefill.engine.started != []
+
+
+async def test_engine_is_never_overfull(mixed: Cluster) -> None:
+    """Credits: no more than ``max_num_seqs`` of forty requests at a time, and none is lost waiting."""
+    workers = [mixed.add(max_num_seqs=2) for _ in range(2)]
+    mixed.dispatch()
+    await mixed.completes(*[await mixed.send(6) for _ in range(40)])
+    assert all(0 < worker.engine.most_requests <= 2 for worker in workers)
+    await mixed.drained()
+
+
+async def test_urgent_work_goes_first(mixed: Cluster) -> None:
+    """One slot: what waits is served by class, then by age."""
+    worker = mixed.add(held=True, max_num_seqs=1)
+    mixed.dispatch()
+    first = await mixed.send(priority_class=PriorityClass.BATCH)
+    await mixed.running_on(first, worker)
+    classes = [PriorityClass.BATCH, PriorityClass.STANDARD, PriorityClass.BATCH, PriorityClass.INTERACTIVE]
+    batch, standard, later, interactive = [await mixed.send(priority_class=cls) for cls in classes]
+    worker.engine.allow()
+    await mixed.completes(first, batch, standard, later, interactive)
+    assert mixed.ends == [record.id for record in (first, interactive, standard, batch, later)]
+
+
+async def test_invalid_request_is_refused(mixed: Cluster) -> None:
+    mixed.add()
+    mixed.dispatch()
+    record = await mixed.send(600)
+    await mixed.fails(record, "invalid_record")
+    assert mixed.seen[record.id][-1].index == TERMINAL
+    await mixed.drained()
+
+
+async def test_request_that_breaks_its_conversion_hurts_nobody(mixed: Cluster) -> None:
+    worker = mixed.add()
+    mixed.dispatch()
+    worker.engine.poison = "poison"
+    await mixed.fails(await mixed.send(id="poison"), "engine_failed")
+    await mixed.completes(await mixed.send())
+    await mixed.drained()
+
+
+async def test_same_request_published_twice(mixed: Cluster) -> None:
+    """A publisher that was not answered sent it again: it runs once, and both entries are finished."""
+    worker = mixed.add(held=True)
+    mixed.dispatch()
+    record = await mixed.send()
+    await mixed.running_on(record, worker)
+    await mixed.queue.publish(record)
+    worker.engine.allow()
+    await mixed.completes(record)
+    await mixed.drained()
+    assert await mixed.field(record, "runs") == "1"
+
+
+async def test_cancelled_in_the_queue(mixed: Cluster) -> None:
+    worker = mixed.add(held=True, max_num_seqs=1)
+    mixed.dispatch()
+    first = await mixed.send()
+    await mixed.running_on(first, worker)
+    second = await mixed.send()
+    await mixed.log.cancel([second.id])
+    worker.engine.allow()
+    assert await mixed.end(second) == Frame(TERMINAL, [], finish=Finish.ABORT)
+    await mixed.completes(first)
+    await mixed.drained()
+    assert len(worker.engine.started) == 1
+
+
+async def test_cancelled_while_waiting_for_room(mixed: Cluster) -> None:
+    """It was pulled, but its tokens fit nowhere."""
+    worker = mixed.add(held=True, num_gpu_blocks_override=128)
+    running = mixed.dispatch()
+    first = await mixed.send(300)
+    await mixed.running_on(first, worker)
+    second = await mixed.send(300)
+    await mixed.until(lambda: second.id in running.dispatcher._waiting, "the second one waits")
+    await mixed.log.cancel([second.id])
+    worker.engine.allow()
+    assert await mixed.end(second) == Frame(TERMINAL, [], finish=Finish.ABORT)
+    await mixed.completes(first)
+    await mixed.drained()
+
+
+async def test_cancelled_while_running(mixed: Cluster) -> None:
+    worker = mixed.add(held=True)
+    mixed.dispatch()
+    record = await mixed.send(5, {"max_tokens": 200})
+    worker.engine.allow(3)
+    await mixed.emitted(record, 3)
+    await mixed.log.cancel([record.id])
+    worker.engine.allow()
+    assert (await mixed.end(record)).finish is Finish.ABORT
+    assert len(mixed.tokens(record)) < 200
+    await mixed.drained()
+    await mixed.until(lambda: worker.engine.used_blocks == 0, "its blocks are free")
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+async def test_cancelled_in_a_split_pool(split: Cluster, where: str) -> None:
+    prefill = split.add("prefill", held=where == "prefill")
+    decode = split.add("decode", held=where == "decode")
+    split.dispatch()
+    record = await split.send(5, {"max_tokens": 200})
+    await split.running_on(record, prefill if where == "prefill" else decode)
+    await split.log.cancel([record.id])
+    for worker in (prefill, decode):
+        worker.engine.allow()
+    assert (await split.end(record)).finish is Finish.ABORT
+    await split.drained()
+    await split.until(lambda: prefill.engine.used_blocks == decode.engine.used_blocks == 0, "no block is held")
+
+
+async def test_deadline_of_the_running(mixed: Cluster) -> None:
+    worker = mixed.add(held=True)
+    mixed.dispatch()
+    record = await mixed.send(5, {"max_tokens": 200}, deadline_ms=now_ms() + 1000)
+    worker.engine.allow(2)
+    await mixed.fails(record, "deadline_exceeded")
+    worker.engine.allow()
+    await mixed.until(lambda: worker.engine.used_blocks == 0, "the engine dropped it")
+    await mixed.drained()
+
+
+async def test_deadline_passed_in_the_queue(mixed: Cluster) -> None:
+    """Nobody waits any more when there is room at last: no engine sees it."""
+    mixed.dispatch()
+    record = await mixed.send(deadline_ms=now_ms() - 1)
+    worker = mixed.add()
+    await mixed.fails(record, "deadline_exceeded")
+    assert worker.engine.started == []
+    await mixed.drained()
+
+
+async def revive(cluster: Cluster, dead: Worker, role: str = "mixed") -> Worker:
+    """The replica dies, another starts, and the dead one's engine comes back to life."""
+    dead.die()
+    successor = cluster.add(role)
+    dead.engine.allow()
+    return successor
+
+
+@pytest.mark.parametrize("sampling", [CONTINUABLE, STATEFUL], ids=["plain", "seed"])
+async def test_death_before_the_first_token(mixed: Cluster, sampling: dict[str, int]) -> None:
+    """The engine comes back as a zombie; nothing it says counts."""
+    worker = mixed.add(held=True)
+    mixed.dispatch()
+    record = await mixed.send(5, sampling)
+    await mixed.running_on(record, worker)
+    worker.die()
+    successor = mixed.add()
+    await mixed.running_on(record, successor)
+    worker.engine.allow()
+    await mixed.completes(record)
+    await mixed.drained()
+    assert await mixed.field(record, "runs") == "2"
+
+
+async def test_death_after_tokens_continues(mixed: Cluster) -> None:
+    worker = mixed.add(held=True)
+    mixed.dispatch()
+    record = await mixed.send(5, CONTINUABLE)
+    worker.engine.allow(3)
+    await mixed.emitted(record, 3)
+    worker.die()
+    successor = mixed.add()
+    await mixed.running_on(record, successor)
+    worker.engine.allow()
+    await mixed.completes(record)
+    await mixed.drained()
+
+
+async def test_death_after_tokens_with_a_seed_is_told(mixed: Cluster) -> None:
+    worker = mixed.add(held=True)
+    mixed.dispatch()
+    record = await mixed.send(5, STATEFUL)
+    worker.engine.allow(3)
+    await mixed.emitted(record, 3)
+    await revive(mixed, worker)
+    await mixed.fails(record, "stream_interrupted")
+    assert len(mixed.tokens(record)) >= 3
+    await mixed.drained()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("prompt", [5, 8], ids=["shared first token", "whole blocks"])
+async def test_death_in_a_split_pool(split: Cluster, role: str, prompt: int) -> None:
+    workers = {name: split.add(name, held=name == role) for name in ("prefill", "decode")}
+    split.dispatch()
+    record = await split.send(prompt, {"max_tokens": 20})
+    await split.running_on(record, workers[role])
+    if role == "decode":
+        workers[role].engine.allow(3)
+        await split.emitted(record, 3)
+    await revive(split, workers[role], role)
+    await split.completes(record)
+    await split.drained()
+
+
+async def test_hand_over_to_the_dead(split: Cluster) -> None:
+    """The decode replica died while no dispatcher looked; the prefill replica found nobody."""
+    prefill, decode = split.add("prefill", held=True), split.add("decode")
+    running = split.dispatch()
+    record = await split.send()
+    await split.running_on(record, prefill)
+    decode.die()
+    prefill.engine.allow()
+
+    async def lost() -> bool:
+        return await split.field(record, "lost") == "1" or int(await split.field(record, "attempt")) > 1
+
+    await split.until(lost, "the hand-over found nobody")
+    split.add("decode")
+    await split.completes(record)
+    await split.drained()
+    assert running.dispatcher._errands == {}
+
+
+async def test_dispatcher_death_leaves_the_running_alone(mixed: Cluster) -> None:
+    """A successor adopts what runs: the same attempt goes on, and is finished in the queue."""
+    worker = mixed.add(held=True)
+    running = mixed.dispatch()
+    record = await mixed.send(5, STATEFUL)
+    worker.engine.allow(3)
+    await mixed.emitted(record, 3)
+    before = await mixed.field(record, "dispatcher")
+    running = await mixed.replace(running)
+
+    async def adopted() -> bool:
+        return await mixed.field(record, "dispatcher") != before
+
+    await mixed.until(adopted, "the successor has adopted it")
+    worker.engine.allow()
+    await mixed.completes(record)
+    await mixed.drained()
+    assert await mixed.field(record, "attempt") == "1"
+    assert running.dispatcher._errands == {}
+
+
+async def test_adopted_in_prefill_then_decode_dies(split: Cluster) -> None:
+    """The successor never chose the decode replica, yet notices its death."""
+    prefill, decode = split.add("prefill", held=True), split.add("decode", held=True)
+    running = split.dispatch()
+    record = await split.send(5, {"max_tokens": 20})
+    await split.running_on(record, prefill)
+    before = await split.field(record, "dispatcher")
+    await split.replace(running)
+
+    async def adopted() -> bool:
+        return await split.field(record, "dispatcher") != before
+
+    await split.until(adopted, "the successor has adopted it")
+    prefill.engine.allow()
+    await split.running_on(record, decode)
+    await revive(split, decode, "decode")
+    await split.completes(record)
+    await split.drained()
+
+
+async def test_finished_while_no_dispatcher_lived(mixed: Cluster) -> None:
+    worker = mixed.add(held=True)
+    running = mixed.dispatch()
+    record = await mixed.send()
+    await mixed.running_on(record, worker)
+    mixed._dispatchers.remove(running)
+    await running.stop()
+    worker.engine.allow()
+    await mixed.completes(record)
+    mixed.dispatch()
+    await mixed.drained()
+    assert len(worker.engine.started) == 1
+
+
+async def test_request_that_kills_is_given_up(mixed: Cluster) -> None:
+    """Three replicas died of it: a typed error for the client, a dead letter for the operator."""
+    mixed.dispatch(max_attempts=3)
+    record = await mixed.send(5, {"max_tokens": 20})
+    for emitted in (1, 2, 3):
+        worker = mixed.add(held=True)
+        await mixed.running_on(record, worker)
+        worker.engine.allow(1)
+        await mixed.emitted(record, emitted)
+        worker.die()
+    await mixed.fails(record, "engine_failed")
+    await mixed.drained()
+    (letter,) = await mixed.dead_letters()
+    assert "3 replicas died" in letter.reason
+    assert await mixed.field(record, "runs") == "3"
+
+
+async def test_short_absence_of_a_lease_loses_nothing(mixed: Cluster) -> None:
+    """A replica that stalled past its lease is not the one it was, but its inbox and its credits still add up."""
+    worker = mixed.add(held=True, max_num_seqs=2)
+    running = mixed.dispatch()
+    records = [await mixed.send() for _ in range(4)]
+    await mixed.running_on(records[0], worker)
+    await mixed.client.delete(f"{mixed.settings.namespace}replica:{worker.id}")
+    worker.engine.allow()
+    await mixed.completes(*records)
+    await mixed.drained()
+    (seat,) = running.dispatcher._router._decode.seats.values()
+    await mixed.until(lambda: (seat.requests, seat.use) == (2, 0.0), "all credits are back")
+
+
+async def test_connections_drop(split: Cluster) -> None:
+    """Redis closes everybody's connection again and again: nobody notices but the log."""
+    for role in ("prefill", "decode"):
+        split.add(role)
+    split.dispatch()
+    records = []
+    for _ in range(6):
+        records += [await split.send(9, {"max_tokens": 30}) for _ in range(3)]
+        await split.cut_connections()
+    await split.completes(*records)
+    await split.drained()
+
+
+async def test_lost_state_is_told(mixed: Cluster) -> None:
+    """The token log is gone: an error, never a second beginning."""
+    worker = mixed.add(held=True)
+    running = mixed.dispatch()
+    record = await mixed.send(5, CONTINUABLE)
+    worker.engine.allow(2)
+    await mixed.emitted(record, 2)
+    namespace = mixed.settings.namespace
+    await mixed.client.delete(f"{namespace}req:{record.id}", f"{namespace}tok:{record.id}")
+    await running.dispatcher._handle(await running.dispatcher._missed())
+    keys = await mixed.log.read(record.id)
+    assert [frame.error.code for frame in keys if frame.error is not None] == ["stream_interrupted"]
+    worker.engine.allow()
+    await mixed.drained()
+
+
+async def test_lost_events_do_not_hold_a_request(mixed: Cluster) -> None:
+    """The end's message never came: the comparison with Redis finds it."""
+    worker = mixed.add(held=True)
+    running = mixed.dispatch()
+    record = await mixed.send()
+    await mixed.running_on(record, worker)
+    await mixed.client.hset(f"{mixed.settings.namespace}req:{record.id}", "dispatcher", "nobody")
+    worker.engine.allow()
+    await mixed.completes(record)
+    assert list(running.dispatcher._errands) == [record.id]
+    await running.dispatcher._handle(await running.dispatcher._missed())
+    await mixed.drained()
+
+
+async def test_waiting_requests_survive_a_reconnection(mixed: Cluster) -> None:
+    """What was never dispatched has no state in Redis; that is not an end."""
+    worker = mixed.add(held=True, num_gpu_blocks_override=128)
+    running = mixed.dispatch()
+    first = await mixed.send(300)
+    await mixed.running_on(first, worker)
+    second = await mixed.send(300)
+    await mixed.until(lambda: second.id in running.dispatcher._waiting, "the second one waits")
+    await running.dispatcher._handle(await running.dispatcher._missed())
+    worker.engine.allow()
+    await mixed.completes(first, second)
+    await mixed.drained()
+
+
+async def test_two_dispatchers_share_a_pool(split: Cluster) -> None:
+    for role in ("prefill", "decode", "decode"):
+        split.add(role)
+    for _ in range(2):
+        split.dispatch(dispatchers=2)
+    await split.completes(*[await split.send(7, {"max_tokens": 10}) for _ in range(60)])
+    await split.drained()
+
+
+@pytest.mark.chaos
+async def test_everything_ends_whatever_dies(split: Cluster) -> None:
+    """Replicas, dispatchers and connections come and go under load; every answer is exact."""
+    choose = random.Random(20)
+    replicas = {role: [split.add(role), split.add(role)] for role in ("prefill", "decode")}
+    running = split.dispatch(max_attempts=50)
+    split.shape |= {"max_attempts": 50}
+    records = []
+    for turn in range(24):
+        records += [await split.send(choose.randrange(1, 40), {"max_tokens": choose.randrange(1, 40)}) for _ in range(8)]
+        what = choose.choice(["prefill", "decode", "decode", "dispatcher", "connections"])
+        if what == "dispatcher":
+            running = await split.replace(running)
+        elif what == "connections":
+            await split.cut_connections()
+        else:
+            replicas[what].append(split.add(what))
+            await asyncio.to_thread(replicas[what].pop(turn % 2).die)
+    await split.completes(*records)
+    await split.drained()
+    await split.until(lambda: running.dispatcher._errands == {}, "the dispatcher holds nothing")
