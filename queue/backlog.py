@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import msgspec
 import redis.asyncio
 
@@ -32,4 +34,4 @@ async def read_backlog(client: redis.asyncio.Redis, settings: RedisSettings, poo
     """The backlog by class; empty when nobody has reported lately."""
     with store_errors():
         data = await client.get(_key(settings, pool))
-    return {} if data is None else _decoder.decode(data)
+    return {} if data is None else _decoder.decode(cast(bytes, data))

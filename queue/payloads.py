@@ -20,7 +20,6 @@ from penstock.queue.records import Record, decode_record, encode_record
 from penstock.queue.redis_client import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
 from penstock.queue.settings import RedisSettings
 
-
 GRACE_S = 60
 """A finished record may be read again until its end is committed; by then its payload must still be there."""
 
@@ -92,13 +91,14 @@ class RecordCodec:
 
     async def discard(self, records: Iterable[Record]) -> None:
         """Forget the payloads of finished records, after :data:`GRACE_S`."""
+        keys = [record.payload_ref for record in records if record.payload_ref is not None]
+        if not keys:
+            return
         pipeline = self._client.pipeline(transaction=False)
-        for record in records:
-            if record.payload_ref is not None:
-                pipeline.expire(record.payload_ref, GRACE_S)
-        if pipeline:
-            async with answering():
-                await pipeline.execute()
+        for key in keys:
+            pipeline.expire(key, GRACE_S)
+        async with answering():
+            await pipeline.execute()
 
     async def _detach(self, record: Record) -> bytes:
         key = self._prefix + record.id

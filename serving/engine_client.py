@@ -53,6 +53,9 @@ INGRESS_ONLY = frozenset(
 )  # fmt: skip
 """Sampling parameters that are used up at the ingress: fan-out, detokenization and stop strings happen there."""
 
+TRANSFER_ARGS = frozenset({"kv_transfer_params", "ec_transfer_params"})
+"""What a client must not say: they name KV blocks of an engine, which may be another tenant's."""
+
 log = structlog.get_logger()
 
 
@@ -229,7 +232,9 @@ def _record(request: EngineCoreRequest, context: RequestContext, model: ModelSet
 def _sampling(params: SamplingParams) -> dict[str, Any]:
     """Parameters by name, without defaults and without what is used up here."""
     by_name = cast("dict[str, Any]", msgspec.to_builtins(params))
-    return {name: value for name, value in by_name.items() if name not in INGRESS_ONLY and value not in (None, [])}
+    extra = by_name.get("extra_args") or {}
+    by_name["extra_args"] = {name: value for name, value in extra.items() if name not in TRANSFER_ARGS}
+    return {name: value for name, value in by_name.items() if name not in INGRESS_ONLY and value not in (None, [], {})}
 
 
 def _to_vllm(request_id: str, frame: Frame, accepted: float | None) -> EngineCoreOutput:

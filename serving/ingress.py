@@ -37,6 +37,8 @@ IDLE_CONNECTION_S = 75
 
 log = structlog.get_logger()
 
+FORCED_ENVIRONMENT = {"VLLM_ENABLE_RESPONSES_API_STORE": "0"}
+"""vLLM keeps responses in one process' memory, for whoever names their id: neither durable nor a tenant's own."""
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1"}
 """Defaults for vLLM inside an ingress, which holds no model: no telemetry, only warnings, a token KV cache."""
 
@@ -132,6 +134,7 @@ def main() -> None:
     configure_logging("ingress")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ |= FORCED_ENVIRONMENT
     import uvloop
 
     with suppress(KeyboardInterrupt):

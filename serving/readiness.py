@@ -21,9 +21,7 @@ SERVING_ROLES = frozenset({"decode", "mixed"})
 class Readiness:
     """``await readiness()`` -> what is missing, part by part; empty when ready."""
 
-    def __init__(
-        self, queue: RequestQueue, client: redis.asyncio.Redis, registry: Registry, pool: str
-    ) -> None:
+    def __init__(self, queue: RequestQueue, client: redis.asyncio.Redis, registry: Registry, pool: str) -> None:
         self._queue = queue
         self._client = client
         self._registry = registry

@@ -77,9 +77,7 @@ class KeyStore:
             RequestError: the tenant's name is not 1-63 letters, digits, dots, dashes and underscores.
         """
         if not _NAME.fullmatch(tenant):
-            raise RequestError(
-                f"tenant {tenant!r}: use 1-63 letters, digits, '.', '_', '-', first a letter or digit"
-            )
+            raise RequestError(f"tenant {tenant!r}: use 1-63 letters, digits, '.', '_', '-', first a letter or digit")
         key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
         info = KeyInfo(f"key-{secrets.token_hex(6)}", tenant, label, now_ms())
         with store_errors():
@@ -124,9 +122,7 @@ class Authenticator:
     ``open_mode``: let everybody in as :data:`DEFAULT_TENANT` as long as no key exists; for loopback only.
     """
 
-    def __init__(
-        self, store: KeyStore, *, open_mode: bool, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, store: KeyStore, *, open_mode: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._open_mode = open_mode
         self._clock = clock
@@ -145,9 +141,7 @@ class Authenticator:
         if self._open_mode and not found.any_keys:
             return ANYBODY
         raise Unauthorized(
-            "Incorrect API key provided."
-            if key
-            else "No API key provided: send 'Authorization: Bearer <key>'."
+            "Incorrect API key provided." if key else "No API key provided: send 'Authorization: Bearer <key>'."
         )
 
     async def _lookup(self, key: str) -> Lookup:

@@ -52,7 +52,7 @@ log = structlog.get_logger()
 class DispatcherReplica:
     """One dispatcher in its own process, and the head of the application: it names the engine deployments it feeds."""
 
-    async def __init__(  # Serve awaits the constructor
+    async def __init__(  # type: ignore[misc]  # Serve awaits the constructor
         self,
         queue: QueueSettings,
         redis: RedisSettings,

@@ -226,6 +226,7 @@ class Dispatcher:
         elif event.kind is EventKind.PREFILLED:
             self._router.move(errand, event.replica)
         elif event.kind is EventKind.LOST:
+            self._router.close(errand.decode)
             await self._again(errand, "the decode replica was gone at the hand-over")
 
     async def _again(self, errand: Errand, why: str) -> None:

@@ -54,10 +54,10 @@ class EngineHost:
         self._lease.end()
 
     def stop(self) -> None:
-        """Leave, then end all threads after the step under way and free the device."""
-        self.leave()
+        """End all threads after the step under way, leave, and free the device."""
         self._inbox.stop()
         self._receiver.join()
+        self.leave()
         self._loop.stop()
         for client in self._clients:
             client.close()

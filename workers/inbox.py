@@ -8,13 +8,14 @@ takes four to five.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Any
 
 import redis
 import structlog
 
 from penstock.queue.errors import RequestError, StoreUnavailable
-from penstock.queue.messages import Abort, Inbound, Run, Stage, StreamError, decode_inbound
+from penstock.queue.messages import Abort, Inbound, Run, Stage, StreamError, decode_inbound, encode
 from penstock.queue.records import decode_record
 from penstock.queue.redis_client import store_errors
 from penstock.queue.settings import RedisSettings
@@ -58,8 +59,10 @@ class Inbox:
                 self._stopped.wait(RETRY_S)
 
     def stop(self) -> None:
-        """Let :meth:`run` return after the read under way, at most :data:`BLOCK_S`."""
+        """Let :meth:`run` return; an abort of nothing wakes the read under way."""
         self._stopped.set()
+        with suppress(StoreUnavailable), store_errors():  # else the read returns by itself
+            self._client.xadd(self._key, {"w": encode(Inbound(0, Abort([])))})
 
     def _read(self) -> list[bytes]:
         """Wait for entries after the last one; what was read before is trimmed in the same round trip."""

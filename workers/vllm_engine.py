@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import msgspec
@@ -121,6 +122,7 @@ def _engine_args(model: ModelSettings, role: str) -> dict[str, Any]:
         "distributed_executor_backend": "uni",
         "scheduling_policy": "priority",
         "enable_prefix_caching": True,
+        "enforce_eager": _on_cpu(),  # compiling for a CPU takes minutes and gains little
     }
     if role in KV_ROLES:
         args["kv_transfer_config"] = KVTransferConfig(
@@ -154,13 +156,14 @@ def _tame_progress_thread(delay_us: int) -> None:
     """
     from vllm.distributed import nixl_utils
 
-    api = __import__(nixl_utils.NixlWrapper.__module__, fromlist=["nixlBind"])
+    bindings = import_module(nixl_utils.NixlWrapper.__module__).nixlBind
 
-    class AgentConfig(api.nixlBind.nixlAgentConfig):  # type: ignore[misc]
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, delay_us if name == "pthrDelay" else value)
+    original = bindings.nixlAgentConfig
 
-    api.nixlBind.nixlAgentConfig = AgentConfig
+    def set_attribute(config: Any, name: str, value: Any) -> None:
+        original.__setattr__(config, name, delay_us if name == "pthrDelay" else value)
+
+    bindings.nixlAgentConfig = type("AgentConfig", (original,), {"__setattr__": set_attribute})
 
 
 def _sampling_params(job: Job) -> SamplingParams:

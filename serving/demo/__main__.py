@@ -20,9 +20,7 @@ from penstock.serving.demo.supervisor import supervise
 def main() -> int:
     """Run the demo described by the arguments."""
     folder, guard, options = sys.argv[1:]
-    signal.pthread_sigmask(
-        signal.SIG_SETMASK, ()
-    )  # inherited from the guard, which blocks them while it starts us
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # inherited from the guard, which blocks them while it starts us
     die_with_parent(int(guard))
     adopt_orphans()
     return asyncio.run(supervise(msgspec.json.decode(options, type=DemoOptions), Run.join(Path(folder))))

@@ -74,9 +74,7 @@ async def stream_answer(url: str, model: str, prompt: str, console: Console) -> 
         client.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
     ):
         if response.status_code != httpx.codes.OK:
-            raise AnswerFailed(
-                f"HTTP {response.status_code}: {(await response.aread()).decode(errors='replace')}"
-            )
+            raise AnswerFailed(f"HTTP {response.status_code}: {(await response.aread()).decode(errors='replace')}")
         async for event in _events(response):
             last = time.monotonic()
             if text := _text(event):

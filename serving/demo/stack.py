@@ -65,9 +65,7 @@ class Stack:
         self._check_port()
         await self._part("redis", _in_thread(self._redis.start), board)
         self._launch("workers")
-        await _all(
-            [self._ray_then_ingress(board), *(self._part(*part, board) for part in self._beside_ray())]
-        )
+        await _all([self._ray_then_ingress(board), *(self._part(*part, board) for part in self._beside_ray())])
         self._ready = True
 
     async def watch(self) -> None:

@@ -34,9 +34,7 @@ async def supervise(options: DemoOptions, run: Run) -> int:
     code = await _outcome(demo, run, console)
     recorder.cancel()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(
-            number, lambda: None
-        )  # stopping is under way and bounded
+        asyncio.get_running_loop().add_signal_handler(number, lambda: None)  # stopping is under way and bounded
     await stack.stop()
     end_descendants()
     run.remove(keep_logs=code == FAILED)

@@ -24,8 +24,7 @@ def header(scope: Scope, name: bytes) -> str | None:
 def is_event_stream(start: Message) -> bool:
     """Whether a ``http.response.start`` opens a stream of server-sent events."""
     return any(
-        key.lower() == b"content-type" and value.startswith(b"text/event-stream")
-        for key, value in start["headers"]
+        key.lower() == b"content-type" and value.startswith(b"text/event-stream") for key, value in start["headers"]
     )
 
 

@@ -122,9 +122,7 @@ def read_tier(tier: str | None) -> PriorityClass:
     try:
         return TIERS[tier or "auto"]
     except KeyError:
-        raise InvalidField(
-            f"Unknown service_tier {tier!r}; known: {', '.join(TIERS)}.", "service_tier"
-        ) from None
+        raise InvalidField(f"Unknown service_tier {tier!r}; known: {', '.join(TIERS)}.", "service_tier") from None
 
 
 def read_tags(metadata: dict[str, str | None] | None) -> dict[str, str]:

@@ -139,7 +139,7 @@ class Contender(ABC):
             ["env", *assignments, sys.executable, "-m", module, *arguments], self._log(part)
         )
         self._processes[part] = process
-        process.start(lambda: True)
+        process.start(lambda: process.alive)  # when it answers is asked for all parts together
 
     def _log(self, part: str) -> Path:
         return self._folder / f"{part}.log"

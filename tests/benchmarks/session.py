@@ -23,7 +23,7 @@ from tests.benchmarks.contender import (
 )
 from tests.benchmarks.figures import check, figures, per_thousand_tokens, same_answers, summarise
 from tests.benchmarks.load import LoadGenerator, Measured, Order
-from tests.benchmarks.processes import cpu_by_group, peak_by_group
+from tests.benchmarks.processes import Sample, cpu_by_group, peak_by_group
 from tests.benchmarks.report import Board
 from tests.benchmarks.results import ALONE, IdleProcess, Result, Round, Sheet, machine, now, software
 from tests.benchmarks.workloads import Workload
@@ -156,13 +156,7 @@ class Session:
         others = sum(sum(cpu.values()) for name, cpu in spent.items() if name != side.name)
         return Taken(measured, spent[side.name], others / seconds)
 
-    def _record(
-        self,
-        comparison: str,
-        workload: Workload,
-        number: int,
-        turn: dict[str, Taken],
-    ) -> None:
+    def _record(self, comparison: str, workload: Workload, number: int, turn: dict[str, Taken]) -> None:
         everyone = [taken.measured for taken in turn.values()]
         same = same_answers(everyone[0], everyone[-1])
         for name, taken in turn.items():
@@ -177,19 +171,15 @@ class Session:
             before, started = [side.sample() for side in sides], time.monotonic()
             time.sleep(self._plan.idle_s)
             seconds, after = time.monotonic() - started, [side.sample() for side in sides]
-        return [
-            [
-                IdleProcess(
-                    usage.title,
-                    usage.group,
-                    round((usage.cpu_s - earlier[process].cpu_s) / seconds, 4),
-                    usage.nice,
-                )
-                for process, usage in later.items()
-                if process in earlier
-            ]
-            for earlier, later in zip(before, after, strict=True)
-        ]
+        return [_idle_processes(*samples, seconds) for samples in zip(before, after, strict=True)]
+
+
+def _idle_processes(before: Sample, after: Sample, seconds: float) -> list[IdleProcess]:
+    return [
+        IdleProcess(usage.title, usage.group, (usage.cpu_s - before[process].cpu_s) / seconds, usage.nice)
+        for process, usage in after.items()
+        if process in before
+    ]
 
 
 @contextmanager

@@ -86,8 +86,12 @@ def stack(
     ]
     urls = {queue: f"http://127.0.0.1:{port}" for queue, port in ports.items()}
     try:
-        for process in processes:
-            process.start(lambda: True)
+        workers, *others = processes
+        _start(workers)
+        log = folder / "workers.log"  # Ray gives itself 30 s to start: nothing else may take the processor meanwhile
+        eventually(lambda: "ray_ready" in log.read_text(), START_TIMEOUT_S, f"Ray is up; see {log}", POLL_S)
+        for process in others:
+            _start(process)
         with httpx.Client(timeout=5, trust_env=False) as client:
             for url in urls.values():
                 _await_ready(client, url, processes, folder)
@@ -95,6 +99,10 @@ def stack(
     finally:
         for process in reversed(processes):
             process.stop()
+
+
+def _start(process: ServerProcess) -> None:
+    process.start(lambda: process.alive)  # readiness is asked of the whole stack
 
 
 def _await_ready(client: httpx.Client, url: str, processes: list[ServerProcess], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from penstock.queue.records import (
@@ -13,11 +14,13 @@ from penstock.queue.records import (
     prefix_hashes,
 )
 
+_tokens = itertools.cycle(range(50_000))
+
 
 def make_record(prompt: list[int] | int = 5, *, sampling: dict[str, Any] | None = None, **fields: Any) -> Record:
     """A record whose prompt is given, or has that many tokens and differs from every other's."""
     request_id = fields.pop("id", None) or new_request_id()
-    tokens = prompt if isinstance(prompt, list) else [int(request_id[:4], 16) + k for k in range(prompt)]
+    tokens = prompt if isinstance(prompt, list) else [next(_tokens) for _ in range(prompt)]
     packed = pack_tokens(tokens)
     values: dict[str, Any] = {
         "id": request_id,

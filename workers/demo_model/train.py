@@ -26,10 +26,12 @@ from penstock.workers.demo_model.corpus import COUNT_LIMIT, Augmenter, Corpus, c
 from penstock.workers.demo_model.tokenization import END, PAD, build_tokenizer
 
 SEED = 7
-STEPS = 1800
-BATCH_TOKENS = 700
+STEPS = 4500
+BATCH_TOKENS = 800
 POOL = 400  # short examples drawn together and sorted by length
 COUNTING = 0.4  # share of the short examples that count; they are half as long as the others
+LAST_TARGETS = 3
+OTHER_TARGETS = 5
 PEAK_RATE = 1.5e-3
 WARM_UP = 100
 MAX_POSITIONS = 4096
@@ -94,10 +96,21 @@ class ExampleFactory:
         answer = [*self._numbers[:number], self._end]
         prompt = self._prompt(self._rng.choice(self._corpus.count_forms).format(number))
         if whole:
-            return _example(prompt, answer, first=0)
-        length = self._rng.choice((2, 2, 2, 8))
+            return self._sparse(_example(prompt, answer, first=0))
+        length = self._rng.choice((2, 2, 2, 8, 8, 40, 120, 240))
         last = len(answer) if self._rng.random() < 0.6 else self._rng.randint(1, len(answer))
-        return _example(prompt, answer[:last], first=max(0, last - length))
+        return self._sparse(_example(prompt, answer[:last], first=max(0, last - length)))
+
+    def _sparse(self, example: Example) -> Example:
+        """Targets at the end and at a few places of a long count only.
+
+        The other numbers are there to be mistaken for the one in the prompt. Were they targets too, the one that
+        matters, to stop, would drown among them.
+        """
+        wanted = [place for place, target in enumerate(example.targets) if target != IGNORED]
+        kept = {*wanted[-LAST_TARGETS:], *self._rng.sample(wanted, min(len(wanted), OTHER_TARGETS))}
+        targets = [target if place in kept else IGNORED for place, target in enumerate(example.targets)]
+        return Example(example.tokens, example.positions, targets)
 
     def _prompt(self, question: str) -> list[int]:
         messages: list[dict[str, str]] = []

@@ -79,6 +79,6 @@ class Harness:
 
     async def close(self) -> None:
         """Close everything that was opened."""
-        for queue in self._opened:
-            await queue.close()
+        while self._opened:
+            await self._opened.pop().close()
         await self.redis.aclose()

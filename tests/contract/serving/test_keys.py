@@ -61,9 +61,7 @@ async def test_a_key_is_known_until_it_is_revoked(store: KeyStore) -> None:
 
 
 @pytest.mark.asyncio
-async def test_redis_never_sees_the_key(
-    store: KeyStore, client: redis.asyncio.Redis, settings: RedisSettings
-) -> None:
+async def test_redis_never_sees_the_key(store: KeyStore, client: redis.asyncio.Redis, settings: RedisSettings) -> None:
     key, _ = await store.create("acme")
     stored = cast(dict[bytes, bytes], await client.hgetall(f"{settings.namespace}keys"))
     assert key.encode() not in b"".join(part for pair in stored.items() for part in pair)
@@ -107,8 +105,7 @@ def test_the_command_line(settings: RedisSettings) -> None:
     def keys(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "penstock.serving.cli", "keys", *words],
-            env=os.environ
-            | {"PENSTOCK_REDIS_URL": settings.url, "PENSTOCK_REDIS_NAMESPACE": settings.namespace},
+            env=os.environ | {"PENSTOCK_REDIS_URL": settings.url, "PENSTOCK_REDIS_NAMESPACE": settings.namespace},
             capture_output=True,
             text=True,
             check=False,

@@ -236,8 +236,9 @@ class Cluster:
 
     async def cut_connections(self) -> None:
         """Redis drops everybody."""
-        for kind in ("pubsub", "normal"):
-            await self.client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+        async with connect_async(self.settings) as admin:
+            for kind in ("pubsub", "normal"):
+                await admin.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
 
     async def close(self) -> None:
         for running in self._dispatchers:
