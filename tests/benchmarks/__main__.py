@@ -12,12 +12,13 @@ from rich.console import Console
 from penstock.queue.local.process import ServerError
 from penstock.serving.demo.processes import adopt_orphans
 from penstock.workers.demo_model import demo_model_path
-from tests.benchmarks.contender import PENSTOCK_SHAPES, ContenderError, Model
+from tests.benchmarks.contender import ContenderError, Model
 from tests.benchmarks.figures import RoundError
 from tests.benchmarks.load import LoadError
 from tests.benchmarks.report import Board, markdown, tables
 from tests.benchmarks.results import LATEST, read
 from tests.benchmarks.session import Plan, Session
+from tests.benchmarks.sides import PENSTOCK_SHAPES
 from tests.benchmarks.workloads import QUICK
 
 RESULTS = Path("results")
@@ -40,9 +41,7 @@ def benchmarks() -> None:
     help="Shape of Penstock to measure; may be given several times.",
 )
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
-@click.option(
-    "--idle-seconds", default=5.0, show_default=True, help="How long idle CPU is watched, per contender."
-)
+@click.option("--idle-seconds", default=5.0, show_default=True, help="How long idle CPU is watched, per contender.")
 @click.option("--model", default="", help="Folder of the model; default: the demo model.")
 @click.option(
     "--dtype",
@@ -51,9 +50,7 @@ def benchmarks() -> None:
     help="Processors without AMX or AVX-512 crawl in 16 bits.",
 )
 @click.option("--results", default=RESULTS, show_default=True, type=click.Path(path_type=Path))
-def quick(
-    contenders: tuple[str, ...], rounds: int, idle_seconds: float, model: str, dtype: str, results: Path
-) -> None:
+def quick(contenders: tuple[str, ...], rounds: int, idle_seconds: float, model: str, dtype: str, results: Path) -> None:
     """Three short workloads, both sides warm and interleaved."""
     adopt_orphans()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

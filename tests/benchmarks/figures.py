@@ -96,9 +96,7 @@ def _all_figures(one: Round) -> dict[str, float]:
     return one.figures | {CPU_PREFIX + group: value for group, value in one.cpu.items()}
 
 
-def _row(
-    alone: Sequence[float | None], reference: Sequence[float | None], subject: Sequence[float | None]
-) -> Row:
+def _row(alone: Sequence[float | None], reference: Sequence[float | None], subject: Sequence[float | None]) -> Row:
     ratios = [b / a for a, b in zip(reference, subject, strict=True) if a and b is not None]
     return Row(_spread(alone), _spread(reference), _spread(subject), _spread(ratios))
 

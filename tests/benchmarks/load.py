@@ -162,10 +162,7 @@ async def measure(order: Order) -> Measured:
 
 
 def _measured(result: dict[str, Any], cpu_s: float) -> Measured:
-    same = {
-        name: result[name]
-        for name in ("completed", "input_lens", "output_lens", "ttfts", "itls", "latencies")
-    }
+    same = {name: result[name] for name in ("completed", "input_lens", "output_lens", "ttfts", "itls", "latencies")}
     answers = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in result["generated_texts"]]
     errors = [error for error in result["errors"] if error]
     return Measured(duration_s=result["duration"], errors=errors, answers=answers, cpu_s=cpu_s, **same)

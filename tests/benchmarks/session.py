@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -11,21 +12,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from tests.benchmarks.contender import (
-    ENGINE_ARGS,
-    ENVIRONMENT,
-    MAX_MODEL_LEN,
-    MODEL_NAME,
-    REFERENCE,
-    Contender,
-    Model,
-    make_contender,
-)
+from tests.benchmarks.contender import ENVIRONMENT, Contender, Model
 from tests.benchmarks.figures import check, figures, per_thousand_tokens, same_answers, summarise
 from tests.benchmarks.load import LoadGenerator, Measured, Order
 from tests.benchmarks.processes import Sample, cpu_by_group, peak_by_group
 from tests.benchmarks.report import Board
 from tests.benchmarks.results import ALONE, IdleProcess, Result, Round, Sheet, machine, now, software
+from tests.benchmarks.sides import ENGINE_ARGS, MAX_MODEL_LEN, MODEL_NAME, REFERENCE, make_contender
 from tests.benchmarks.workloads import Workload
 
 SETTLE_S = 0.3
@@ -118,9 +111,7 @@ class Session:
             self._board.say(f"{contender.name} ready after {contender.ready_s()['all']} s")
             yield
         if contender.left_behind and (sheet := self.result.contenders.get(contender.name)):
-            self.result.contenders[contender.name] = msgspec.structs.replace(
-                sheet, left_behind=contender.left_behind
-            )
+            self.result.contenders[contender.name] = msgspec.structs.replace(sheet, left_behind=contender.left_behind)
 
     def _measure(self, load: LoadGenerator, comparison: str, sides: Sequence[Contender]) -> None:
         steps = (WARM_UPS + self._plan.rounds) * len(self._plan.workloads)
@@ -142,9 +133,7 @@ class Session:
         self._seed += 1
         return {side.name: self._one(load, side, sides, workload) for side in sides}
 
-    def _one(
-        self, load: LoadGenerator, side: Contender, sides: Sequence[Contender], workload: Workload
-    ) -> Taken:
+    def _one(self, load: LoadGenerator, side: Contender, sides: Sequence[Contender], workload: Workload) -> Taken:
         order = Order(side.url, self._plan.model.path, MODEL_NAME, workload, self._seed)
         before, started = {c.name: c.sample() for c in sides}, time.monotonic()
         measured = load.run(order)
@@ -184,14 +173,12 @@ def _idle_processes(before: Sample, after: Sample, seconds: float) -> list[IdleP
 
 @contextmanager
 def _short_folder(logs: Path) -> Iterator[Path]:
-    """A temporary folder with a short path; its logs are kept in ``logs``."""
+    """A temporary folder with a short path; the parts' logs (not the files of Ray and Kafka) are kept in ``logs``."""
     with tempfile.TemporaryDirectory(prefix="psb-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         try:
             yield folder
         finally:
-            for log in folder.rglob("*.log"):
-                kept = logs / "-".join(log.relative_to(folder).parts)
-                if "ray" not in log.relative_to(folder).parts:  # Ray's own hundred files
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    kept.write_bytes(log.read_bytes())
+            logs.mkdir(parents=True, exist_ok=True)
+            for log in (log for depth in ("*.log", "*/*.log", "*/*/*.log") for log in folder.glob(depth)):
+                shutil.copy(log, logs / "-".join(log.relative_to(folder).parts))

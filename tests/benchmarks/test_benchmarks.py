@@ -133,9 +133,7 @@ def test_a_failed_run_does_not_become_the_latest(tmp_path: Path) -> None:
 def test_cpu_of_a_process_tree_is_counted_for_its_group() -> None:
     burn = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}])"
-    with subprocess.Popen(
-        [sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdin is not None
         process.stdout.readline()

@@ -30,7 +30,7 @@ from penstock.workers.simulated.tokens import expected_tokens
 from tests.support.requests import make_record
 from tests.support.waiting import eventually_async
 
-PATIENCE_S = 30
+PATIENCE_S = 20
 POOL = "default"
 INGRESS = "ingress:test"
 LIMITS = {
@@ -120,6 +120,11 @@ class Running:
     async def stop(self) -> None:
         """End it; it must not have failed by itself."""
         self._task.cancel()
+        _, pending = await asyncio.wait({self._task}, timeout=PATIENCE_S)
+        if pending:
+            for task in asyncio.all_tasks():
+                task.print_stack()
+        assert not pending, "the dispatcher ignored its cancellation"
         (result,) = await asyncio.gather(self._task, return_exceptions=True)
         await self.queue.close()
         await self._client.aclose()
