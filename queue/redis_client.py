@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import redis
 import redis.asyncio
@@ -30,9 +32,37 @@ def connect(settings: RedisSettings) -> redis.Redis:
 
 def connect_async(settings: RedisSettings) -> redis.asyncio.Redis:
     """An asyncio client for ingress and dispatcher."""
-    return redis.asyncio.Redis.from_url(
+    client = redis.asyncio.Redis.from_url(
         settings.url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=COMMAND_TIMEOUT_S
     )
+    return cancellable(client)
+
+
+class _CancellableWrites:
+    """A connection whose writes can be cancelled.
+
+    The client wraps each in ``asyncio.wait_for``, which up to Python 3.11 swallows a cancellation that comes just when the
+    write is done: a loop that was told to end then runs on. ``asyncio.timeout`` does not, and costs no task a write.
+    """
+
+    socket_timeout: float | None
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        limit_s, self.socket_timeout = self.socket_timeout, None
+        try:
+            async with asyncio.timeout(limit_s):
+                await super().send_packed_command(command, check_health)  # type: ignore[misc]
+        except TimeoutError as error:
+            raise redis.TimeoutError("Timeout writing to socket") from error
+        finally:
+            self.socket_timeout = limit_s
+
+
+def cancellable(client: redis.asyncio.Redis) -> redis.asyncio.Redis:
+    """The same client, for loops that end by cancellation."""
+    pool = client.connection_pool
+    pool.connection_class = type("CancellableConnection", (_CancellableWrites, pool.connection_class), {})
+    return client
 
 
 @contextmanager

@@ -7,6 +7,7 @@ stays vLLM's own code.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,10 @@ INGRESS_ONLY = frozenset(
 )  # fmt: skip
 """Sampling parameters that are used up at the ingress: fan-out, detokenization and stop strings happen there."""
 
+CANCEL_TRIES = 30
+CANCEL_RETRY_S = 1.0
+"""A cancellation is tried for half a minute, longer than Redis takes to restart. One that is lost wastes an engine's
+time until the request's deadline; nobody waits for it."""
 TRANSFER_ARGS = frozenset({"kv_transfer_params", "ec_transfer_params"})
 """What a client must not say: they name KV blocks of an engine, which may be another tenant's."""
 
@@ -72,6 +77,7 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         self._model = model
         self._batches: AsyncIterator[list[Delivered]] = reader.batches()
         self._accepted: dict[str, tuple[float, RequestContext]] = {}
+        self._cancelling: set[asyncio.Task[None]] = set()
         self.failed: list[tuple[str, StreamError]] = []
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
@@ -83,19 +89,12 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         try:
             await self._queue.publish(record)
         except BaseException as error:
-            await self._withdraw(record.id)
+            self._close(record.id)
+            self._cancel([record.id])  # it may have been stored although nobody said so
             if isinstance(error, TransientError | InvalidRecord):
                 context.outcome.fail(error)
                 raise to_vllm_error(error) from error
             raise
-
-    async def _withdraw(self, request_id: str) -> None:
-        """It may have been stored although nobody said so: make sure that it never runs."""
-        self._close(request_id)
-        try:
-            await self._log.cancel([request_id])
-        except StoreUnavailable as error:
-            log.warning("withdrawal_failed", request_id=request_id, error=str(error))
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The next step's worth of tokens of all streams of this ingress, stamped with this process' clock."""
@@ -121,10 +120,24 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         for request_id in request_ids:
             self._close(request_id)
         if request_ids:
+            self._cancel(request_ids)
+
+    def _cancel(self, request_ids: list[str]) -> None:
+        """Cancel in a task of its own: whoever calls this is mostly being cancelled itself, and would not get to wait
+        for Redis."""
+        task = asyncio.create_task(self._cancelled(request_ids))
+        self._cancelling.add(task)
+        task.add_done_callback(self._cancelling.discard)
+
+    async def _cancelled(self, request_ids: list[str]) -> None:
+        for attempt in range(1, CANCEL_TRIES + 1):
             try:
                 await self._log.cancel(request_ids)
             except StoreUnavailable as error:
-                log.warning("cancel_failed", request_ids=request_ids, error=str(error))
+                log.warning("cancel_failed", request_ids=request_ids, attempt=attempt, error=str(error))
+                await asyncio.sleep(CANCEL_RETRY_S)
+            else:
+                return
 
     def _close(self, request_id: str) -> None:
         self._reader.close(request_id)

@@ -14,7 +14,7 @@ from tests.contract.workers.cluster import Cluster, Worker
 
 pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
 
-SEEDS = 12
+SEEDS = 3
 STATEFUL = {"max_tokens": 8, "seed": 7}
 CONTINUABLE = {"max_tokens": 8}
 

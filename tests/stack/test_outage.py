@@ -1,0 +1,134 @@
+"""An ingress whose broker or Redis goes away, and its API keys. It has servers of its own to take down, and no engines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from penstock.queue.local.kafka_broker import KafkaBroker
+from penstock.queue.local.process import ServerProcess, free_port
+from penstock.queue.local.redis_server import RedisServer
+from penstock.workers.demo_model import demo_model_path
+from tests.contract.servers import start
+from tests.support.waiting import eventually
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+
+MODEL = "penstock-demo"
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
+START_TIMEOUT_S = 300
+BACK_S = 60
+"""Kafka's restart, and the clients' reconnection after their back-off."""
+
+
+@dataclass(frozen=True)
+class Lonely:
+    """An ingress with nothing behind its queue."""
+
+    url: str
+    redis: RedisServer
+    kafka: KafkaBroker
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lonely]:
+    folder: Path = tmp_path_factory.mktemp("lonely")
+    redis, kafka = RedisServer(folder / "redis"), KafkaBroker(folder / "kafka")
+    start(redis)
+    start(kafka)
+    port = free_port()
+    environment = {
+        "PENSTOCK_REDIS_URL": redis.url,
+        "PENSTOCK_QUEUE_BACKEND": "kafka",
+        "PENSTOCK_QUEUE_BOOTSTRAP": kafka.bootstrap,
+        "PENSTOCK_MODEL_PATH": str(demo_model_path()),
+        "PENSTOCK_MODEL_NAME": MODEL,
+        "PENSTOCK_MODEL_MAX_MODEL_LEN": "4096",
+        "PENSTOCK_INGRESS_PORT": str(port),
+    }
+    words = ["env", *(f"{name}={value}" for name, value in environment.items())]
+    ingress = ServerProcess([*words, sys.executable, "-m", "penstock.serving.cli", "ingress"], folder / "ingress.log")
+    ingress.start(lambda: ingress.alive)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        eventually(lambda: _alive(url), START_TIMEOUT_S, "the ingress listens", 0.5)
+        yield Lonely(url, redis, kafka, environment)
+    finally:
+        ingress.stop()
+        kafka.stop()
+        redis.stop()
+
+
+def _alive(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _missing(url: str) -> set[str]:
+    return set(httpx.get(f"{url}/ready", timeout=30, trust_env=False).json()["missing"])
+
+
+def _penstock(lonely: Lonely, *words: str) -> str:
+    command = [sys.executable, "-m", "penstock.serving.cli", *words]
+    out = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | lonely.environment, timeout=60
+    )
+    return out.stdout.strip()
+
+
+def test_not_ready_without_engines(lonely: Lonely) -> None:
+    assert _missing(lonely.url) == {"engine"}
+
+
+def test_broker_away(lonely: Lonely) -> None:
+    """503 with Retry-After, and what the broker may have stored all the same is marked as cancelled."""
+    lonely.kafka.kill()
+    answer = httpx.post(f"{lonely.url}/v1/chat/completions", json=CHAT, timeout=60)
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["code"] == "queue_unavailable"
+    assert "queue" in _missing(lonely.url)
+    lonely.kafka.start()
+    eventually(lambda: "queue" not in _missing(lonely.url), BACK_S, "the queue is back")
+
+
+def test_redis_away(lonely: Lonely) -> None:
+    lonely.redis.kill()
+    answer = httpx.post(f"{lonely.url}/v1/chat/completions", json=CHAT, timeout=60)
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["code"] == "store_unavailable"
+    assert "redis" in _missing(lonely.url)
+    lonely.redis.start()
+    eventually(lambda: "redis" not in _missing(lonely.url), BACK_S, "Redis is back")
+
+
+def test_keys(lonely: Lonely) -> None:
+    """Without keys all may come in (on loopback); with the first one nobody without; a revoked one not any more."""
+
+    def status(**headers: str) -> int:
+        return httpx.get(f"{lonely.url}/v1/models", headers=headers, timeout=30).status_code
+
+    assert status() == 200
+    key = _penstock(lonely, "keys", "create", "--tenant", "search", "--name", "test")
+    eventually(lambda: status() == 401, BACK_S, "a key is needed")
+    assert status(authorization=f"Bearer {key}") == 200
+    assert status(**{"x-api-key": key}) == 200
+    assert status(authorization="Bearer sk-ps-wrong") == 401
+    listed = _penstock(lonely, "keys", "list")
+    assert "search" in listed
+    assert key not in listed
+    other = _penstock(lonely, "keys", "create", "--tenant", "ads")
+    _penstock(lonely, "keys", "revoke", listed.split("\t")[0])
+    eventually(lambda: status(authorization=f"Bearer {key}") == 401, BACK_S, "the revoked key is refused")
+    assert status(authorization=f"Bearer {other}") == 200
