@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import redis
 import redis.asyncio
@@ -34,7 +34,7 @@ class Mailbox:
         self._client = client
         self._name = settings.namespace + channel
 
-    async def messages(self) -> AsyncIterator[bytes | None]:
+    async def messages(self) -> AsyncGenerator[bytes | None, None]:
         """Payloads as they come; ``None`` after each (re)connection: something may have been missed before it.
 
         That is when Redis has confirmed the subscription: what is published from then on arrives here. The client

@@ -41,8 +41,8 @@ def connect_async(settings: RedisSettings) -> redis.asyncio.Redis:
 class _CancellableWrites:
     """A connection whose writes can be cancelled.
 
-    The client wraps each in ``asyncio.wait_for``, which up to Python 3.11 swallows a cancellation that comes just when the
-    write is done: a loop that was told to end then runs on. ``asyncio.timeout`` does not, and costs no task a write.
+    The client wraps each in ``asyncio.wait_for``, which up to Python 3.11 swallows a cancellation that comes just when
+    the write is done: a loop that was told to end then runs on. ``asyncio.timeout`` does not, and costs no task.
     """
 
     socket_timeout: float | None

@@ -20,8 +20,8 @@ HEARTBEAT_S = 0.5
 LEASE_S = 2.0
 """A dead replica is noticed within this time."""
 INBOX_S = 60.0
-"""How long an inbox outlives the last heartbeat. A replica that was only slow finds in it what it was given: a dispatcher
-that did not see it gone counts on that, and what others took away meanwhile is fenced by its attempt."""
+"""How long an inbox outlives the last heartbeat. A replica that was only slow finds in it what it was given: a
+dispatcher that did not see it gone counts on that, and what others took away meanwhile is fenced by its attempt."""
 
 
 class Replica(msgspec.Struct, frozen=True):

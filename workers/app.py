@@ -135,6 +135,7 @@ def run_local(temp_dir: str | None = None) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let the ingress starve the engines
     workers = WorkerSettings()
     started = time.monotonic()
     _start_ray(workers, temp_dir)
@@ -145,8 +146,7 @@ def run_local(temp_dir: str | None = None) -> None:
         log.info("workers_ready", seconds=round(time.monotonic() - started, 1))
         stop.wait()
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # at once: what was under way is delivered again, and an orderly stop of Serve takes ten seconds
 
 
 def _start_ray(workers: WorkerSettings, temp_dir: str | None) -> None:

@@ -14,9 +14,9 @@ from penstock.workers.placement import ANSWER_RESERVE_TOKENS
 class Errand:
     """A request on loan from the queue, where it is, and what is known of its progress.
 
-    ``deliveries`` are several when the queue delivered it again, or holds it twice. ``target`` is the replica whose inbox
-    gets it; ``decode`` the replica that generates (the same, unless it goes through the prefill pool first). Both are
-    empty while it waits. ``runs`` counts the replicas it was given to.
+    ``deliveries`` are several when the queue delivered it again, or holds it twice. ``target`` is the replica whose
+    inbox gets it; ``decode`` the replica that generates (the same, unless it goes through the prefill pool first). Both
+    are empty while it waits. ``runs`` counts the replicas it was given to.
     """
 
     def __init__(self, delivery: Delivery) -> None:

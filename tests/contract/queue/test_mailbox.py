@@ -27,6 +27,7 @@ from penstock.queue.redis_client import connect, connect_async
 from penstock.queue.settings import RedisSettings
 from penstock.queue.token_log import Append, Dispatch, RequestLog, TokenWriter
 from tests.contract.servers import start
+from tests.support.waiting import eventually_async
 
 pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
 
@@ -55,9 +56,10 @@ class Ingress:
         await self.subscribed()
 
     async def subscribed(self) -> None:
-        async with asyncio.timeout(PATIENCE_S):
-            while not await self.subscribers():
-                await asyncio.sleep(0.01)
+        async def seen() -> bool:
+            return await self.subscribers() > 0
+
+        await eventually_async(seen, PATIENCE_S, "Redis has the subscription")
 
     async def subscribers(self) -> int:
         try:
@@ -117,7 +119,7 @@ class Ingress:
 
     def kill_connection(self) -> None:
         """What a fail-over or a broken network does to the subscription."""
-        assert self.blocking.execute_command("CLIENT", "KILL", "TYPE", "pubsub") > 0
+        assert self.blocking.client_kill_filter(_type="pubsub") > 0
 
     async def close(self) -> None:
         if self._task is not None:
@@ -328,12 +330,14 @@ async def test_half_open_connection_is_noticed(redis_server: RedisServer, monkey
     client = connect_async(settings)
     messages = Mailbox(client, settings, CHANNEL).messages()
     assert await anext(messages) is None
-    waiting = asyncio.create_task(anext(messages))
+    waiting = asyncio.ensure_future(anext(messages))
     line.silence()
     before = line.connections
-    async with asyncio.timeout(PATIENCE_S):
-        while line.connections == before:
-            await asyncio.sleep(0.01)
+
+    async def reconnects() -> bool:
+        return line.connections > before
+
+    await eventually_async(reconnects, PATIENCE_S, "it connects anew")
     line.restore()
     async with asyncio.timeout(PATIENCE_S):
         assert await waiting is None

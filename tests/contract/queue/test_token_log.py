@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -90,7 +91,7 @@ class Store:
         self.blocking.delete(self.key(f"replica:{replica}"))
 
     def inbox(self, replica: str) -> list[Inbound]:
-        rows = self.blocking.xrange(self.key(f"inbox:{replica}"))
+        rows: Any = self.blocking.xrange(self.key(f"inbox:{replica}"))
         return [decode_inbound(fields[b"w"]) for _, fields in rows]
 
     async def dispatch(
@@ -126,14 +127,14 @@ class Wire:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._pubsub = store.blocking.pubsub()
+        self._pubsub = store.blocking.pubsub()  # type: ignore[no-untyped-call]
         self._pubsub.psubscribe(store.key("*"))
         assert self._pubsub.get_message(timeout=5) is not None  # the confirmation
 
     def read(self) -> list[tuple[str, bytes]]:
         """Messages so far, in order: a marker of our own comes back after all of them."""
         self._store.blocking.publish(self._store.key("marker"), b"")
-        read = []
+        read: list[tuple[str, bytes]] = []
         while True:
             message = self._pubsub.get_message(timeout=5)
             assert message is not None, "the marker did not arrive"
@@ -354,7 +355,7 @@ async def test_memory_is_bounded(store: Store) -> None:
     lifetime, retention = store.settings.lifetime_s * 1000, store.settings.retention_s * 1000
 
     def expiry(name: str) -> int:
-        return int(store.blocking.pttl(store.key(name)))  # type: ignore[arg-type]
+        return int(store.blocking.pttl(store.key(name)))
 
     await store.log.cancel(["early"])
     assert retention < expiry("req:early") <= lifetime

@@ -243,7 +243,7 @@ class Cluster:
         """Redis drops everybody."""
         async with connect_async(self.settings) as admin:
             for kind in ("pubsub", "normal"):
-                await admin.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+                await admin.client_kill_filter(_type=kind, skipme=True)
 
     async def close(self) -> None:
         for running in self._dispatchers:
