@@ -89,6 +89,9 @@ class Dispatched(NamedTuple):
     runs: int
 
 
+_STATUSES = {status.value.encode(): status for status in AppendStatus}
+
+
 class TokenWriter:
     """The engine's end of the log: blocking, used by one writer thread."""
 
@@ -105,7 +108,7 @@ class TokenWriter:
         """
         with store_errors():
             answer = self._append(args=(*self._head, encode(entries)))
-        return [AppendStatus(status.decode()) for status in cast(list[bytes], answer)]
+        return [_STATUSES[status] for status in cast(list[bytes], answer)]
 
 
 class RequestLog:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -47,7 +48,9 @@ class VllmEngine:
             os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port())
             _tame_progress_thread(progress_delay_us)
         config = EngineArgs(**_engine_args(model, role)).create_engine_config()
+        processors = os.sched_getaffinity(0)
         self._core = EngineCore(config, Executor.get_class(config), log_stats=True)
+        _unpin(processors)
         self._batch_queue = self._core.batch_queue
         cache = config.cache_config
         self._num_blocks = cache.num_gpu_blocks or 0
@@ -146,6 +149,17 @@ def _free_port() -> int:
         sock.bind(("", 0))
         port: int = sock.getsockname()[1]
         return port
+
+
+def _unpin(processors: set[int]) -> None:
+    """Undo the pinning of vLLM's CPU worker.
+
+    Even told not to bind, it leaves the constructing thread on one processor: every engine of a host on the same one,
+    with all threads that are started later.
+    """
+    for task in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # threads come and go
+            os.sched_setaffinity(int(task), processors)
 
 
 def _tame_progress_thread(delay_us: int) -> None:

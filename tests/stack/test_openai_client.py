@@ -47,7 +47,7 @@ def test_service_tiers(client: openai.OpenAI, tier: str) -> None:
 
 def test_n_and_stop_and_logprobs(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
-        model=MODEL, messages=QUESTION, temperature=0, n=3, stop=[" 7"], logprobs=True, top_logprobs=2
+        model=MODEL, messages=QUESTION, temperature=0.01, n=3, stop=[" 7"], logprobs=True, top_logprobs=2
     )
     assert [choice.message.content for choice in answer.choices] == ["1 2 3 4 5 6"] * 3
     for choice in answer.choices:
@@ -107,6 +107,7 @@ def test_tool_call(client: openai.OpenAI) -> None:
         "type": "function",
         "function": {
             "name": "scale",
+            "strict": True,
             "parameters": {
                 "type": "object",
                 "properties": {"replicas": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -126,7 +127,8 @@ def test_tool_call(client: openai.OpenAI) -> None:
 
 def test_completions_stream_and_echo_of_token_ids(client: openai.OpenAI) -> None:
     stream = client.completions.create(
-        model=MODEL, prompt="1 2 3 4", max_tokens=5, temperature=0, stream=True, extra_body={"return_token_ids": True}
+        model=MODEL, prompt="1 2 3 4", max_tokens=5, temperature=0, stream=True,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
     )
     extras = [choice.model_extra or {} for chunk in stream for choice in chunk.choices]
     assert sum(len(extra.get("token_ids") or ()) for extra in extras) == 5
@@ -162,7 +164,8 @@ def test_unknown_model(client: openai.OpenAI) -> None:
 
 def test_anthropic_messages(url: str) -> None:
     client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=120)
-    answer = client.messages.create(model=MODEL, max_tokens=64, messages=QUESTION, temperature=0)
+    greedy = {"temperature": 0}
+    answer = client.messages.create(model=MODEL, max_tokens=64, messages=QUESTION, extra_body=greedy)
     assert answer.content[0].text == COUNTED
-    with client.messages.stream(model=MODEL, max_tokens=64, messages=QUESTION, temperature=0) as stream:
+    with client.messages.stream(model=MODEL, max_tokens=64, messages=QUESTION, extra_body=greedy) as stream:
         assert "".join(stream.text_stream) == COUNTED

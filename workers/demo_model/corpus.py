@@ -159,6 +159,7 @@ class Augmenter:
             (0.5, self._reword),
             (0.0 if plain else 0.4, self._courtesy),
             (0.25, self._shorten),
+            (0.12, self._lose_word),
             (0.1, self._fill),
             (0.12, self._mistype),
             (0.05, self._repeat_word),
@@ -187,6 +188,12 @@ class Augmenter:
             word for word in question.split() if not (word in _FUNCTION_WORDS and self._rng.random() < drop)
         ]
         return " ".join(kept) or question
+
+    def _lose_word(self, question: str) -> str:
+        words = question.split()
+        if len(words) > 4:  # of fewer, each may be the one that says what is asked
+            del words[self._rng.randrange(len(words))]
+        return " ".join(words)
 
     def _fill(self, question: str) -> str:
         words = question.split()

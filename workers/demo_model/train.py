@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +30,20 @@ SEED = 7
 STEPS = 4500
 BATCH_TOKENS = 800
 POOL = 400  # short examples drawn together and sorted by length
-COUNTING = 0.4  # share of the short examples that count; they are half as long as the others
+SHARES = (0.62, 0.24, 0.14)  # of the batches: answers, stops, windows of counts
+WHOLE_EVERY = 25  # one batch in so many is one whole count
+CUT = 0.8  # share of the answers that are cut after their first tokens, where the topic is decided
 LAST_TARGETS = 3
 OTHER_TARGETS = 5
+SHOWN = (24, 40, 100)  # numbers in an example of stops
 PEAK_RATE = 1.5e-3
 WARM_UP = 100
 MAX_POSITIONS = 4096
 ROPE_BASE = 1e6  # slow rotations: a number must match itself in the prompt a thousand positions away
+HEAD_DIM = 64
+MATCHING = 0.1  # standard deviation of the weights of a head that matches tokens
+QUIET = 0.05  # factor on the weights through which layers add to the residual stream
+REPORT_EVERY = 250  # steps between lines of progress where no terminal shows the bar
 IGNORED = -100  # the label of a position without a target
 
 
@@ -59,35 +67,37 @@ class ExampleFactory:
         self._end: int = tokenizer.convert_tokens_to_ids(END)
 
     def batches(self, count: int) -> Iterator[list[Example]]:
-        """`count` batches of about `BATCH_TOKENS` tokens each; every twentieth is one whole count."""
-        short: list[list[Example]] = []
+        """`count` batches of about `BATCH_TOKENS` tokens each, each of one kind of example."""
+        kinds = (self._answer, self._stops, self._window)
+        ready: dict[Callable[[], Example], list[list[Example]]] = {kind: [] for kind in kinds}
         for index in range(count):
-            if index % 20 == 19:
+            if index % WHOLE_EVERY == WHOLE_EVERY - 1:
                 yield [self._count(whole=True)]
                 continue
-            short = short or self._short_batches()
-            yield short.pop()
+            (kind,) = self._rng.choices(kinds, SHARES)
+            ready[kind] = ready[kind] or self._of_like_length(kind)
+            yield ready[kind].pop()
 
-    def _short_batches(self) -> list[list[Example]]:
+    def _of_like_length(self, draw: Callable[[], Example]) -> list[list[Example]]:
         """Batches of examples of like length, so that little is padding, in random order."""
-        draw = [
-            self._count(whole=False) if self._rng.random() < COUNTING else self._answer() for _ in range(POOL)
-        ]
         batches: list[list[Example]] = [[]]
-        for example in sorted(draw, key=lambda example: len(example.tokens)):
-            if (len(batches[-1]) + 1) * len(example.tokens) > BATCH_TOKENS:
+        for example in sorted((draw() for _ in range(POOL)), key=lambda example: len(example.tokens)):
+            if batches[-1] and (len(batches[-1]) + 1) * len(example.tokens) > BATCH_TOKENS:
                 batches.append([])
             batches[-1].append(example)
         self._rng.shuffle(batches)
         return batches
+
+    def _window(self) -> Example:
+        return self._count(whole=False)
 
     def _answer(self) -> Example:
         off_topic = self._rng.random() < 0.12
         topic = self._corpus.off_topic if off_topic else self._rng.choice(self._corpus.topics)
         prompt = self._prompt(self._augmenter.question(topic))
         answer = [*self._encode(topic.answer), self._end]
-        if self._rng.random() < 0.6:
-            answer = answer[: self._rng.randint(4, 12)]
+        if self._rng.random() < CUT:
+            answer = answer[: self._rng.randint(3, 8)]
         return _example(prompt, answer, first=0)
 
     def _count(self, *, whole: bool) -> Example:
@@ -100,6 +110,30 @@ class ExampleFactory:
         length = self._rng.choice((2, 2, 2, 8, 8, 40, 120, 240))
         last = len(answer) if self._rng.random() < 0.6 else self._rng.randint(1, len(answer))
         return self._sparse(_example(prompt, answer[:last], first=max(0, last - length)))
+
+    def _stops(self) -> Example:
+        """Several limits in the prompt, numbers in any order after it: after a limit comes the end.
+
+        A count trains its stop once; here every place trains it. As many other numbers as limits are drawn, each
+        again and again, so that nothing but the prompt tells the two apart.
+        """
+        limits = self._rng.sample(range(1, COUNT_LIMIT + 1), self._rng.choice((1, 1, 1, 2, 4, 8, 16)))
+        near = [number for limit in limits for number in (limit - 1, limit + 1) if 0 < number < COUNT_LIMIT]
+        others = self._rng.sample(range(1, COUNT_LIMIT), 2 * len(limits) + 2) + near
+        others = self._rng.sample([number for number in others if number not in limits], len(limits) + 1)
+        shown = [
+            self._rng.choice(limits if self._rng.random() < 0.5 else others)
+            for _ in range(self._rng.choice(SHOWN))
+        ]
+        asked = " ".join(map(str, limits))
+        prompt = self._prompt(self._rng.choice(self._corpus.count_forms).format(asked))
+        places = sorted(self._rng.sample(range(len(prompt), len(prompt) + COUNT_LIMIT), len(shown)))
+        following = [self._end if number in limits else self._numbers[number] for number in shown]
+        return Example(
+            [*prompt, *(self._numbers[number - 1] for number in shown)],
+            [*range(len(prompt)), *places],
+            [*[IGNORED] * len(prompt), *following],
+        )
 
     def _sparse(self, example: Example) -> Example:
         """Targets at the end and at a few places of a long count only.
@@ -147,7 +181,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
+        head_dim=HEAD_DIM,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
@@ -155,7 +189,30 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    _prepare_matching(model)
+    return model
+
+
+@torch.no_grad()
+def _prepare_matching(model: LlamaForCausalLM) -> None:
+    """Give one head of the middle layers equal queries and keys: it looks for the token it stands on.
+
+    Stopping needs such a head, and random weights take thousands of steps to find it. It lives in the slow
+    half of the rotations, which a thousand positions do not turn. Layers that add little at first leave it
+    the embeddings to compare.
+    """
+    half = HEAD_DIM // 2
+    slow = [*range(half // 2, half), *range(half + half // 2, HEAD_DIM)]
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(QUIET)
+        layer.mlp.down_proj.weight.mul_(QUIET)
+    for layer in model.model.layers[1:3]:
+        attention = layer.self_attn
+        same = torch.randn(half, model.config.hidden_size) * MATCHING
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight[:HEAD_DIM] = 0
+            projection.weight[slow] = same
 
 
 def loss_of(model: LlamaForCausalLM, examples: list[Example], pad: int) -> torch.Tensor:
@@ -177,7 +234,7 @@ def _padded(values: list[int], width: int, filler: int) -> list[int]:
 
 
 def fit(model: LlamaForCausalLM, factory: ExampleFactory, pad: int, steps: int) -> None:
-    """AdamW with warm-up and a cosine schedule; shows a progress bar."""
+    """AdamW with warm-up and a cosine schedule; shows a progress bar, or lines where there is no terminal."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True
     )
@@ -192,7 +249,7 @@ def fit(model: LlamaForCausalLM, factory: ExampleFactory, pad: int, steps: int) 
         TimeRemainingColumn(),
     )
     average = 0.0
-    with Progress(*columns) as progress:
+    with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("training", total=steps, loss=average)
         for step, batch in enumerate(factory.batches(steps)):
             optimizer.zero_grad()
@@ -203,6 +260,8 @@ def fit(model: LlamaForCausalLM, factory: ExampleFactory, pad: int, steps: int) 
             schedule.step()
             average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
             progress.update(task, advance=1, loss=average)
+            if not sys.stdout.isatty() and (step + 1) % REPORT_EVERY == 0:
+                print(f"step {step + 1}/{steps} loss {average:.3f}", flush=True)
 
 
 def tokenizer_texts(corpus: Corpus) -> list[str]:
