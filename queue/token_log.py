@@ -10,18 +10,22 @@ The log is the truth and the message only a hint that carries the data: a reader
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import redis
 import redis.asyncio
+import structlog
 
 from penstock.queue.messages import Event, EventKind, Frame, decode_frame, encode, lua_string
 from penstock.queue.redis_client import store_errors
 from penstock.queue.scripts import script
 from penstock.queue.settings import RedisSettings
+
+log = structlog.get_logger()
 
 
 class Append(msgspec.Struct, array_like=True, frozen=True):
@@ -89,14 +93,22 @@ class Dispatched(NamedTuple):
     runs: int
 
 
+RESENDS = 2
+"""A restarted Redis costs two: one for the closed connection, one for the script it has forgotten."""
 _STATUSES = {status.value.encode(): status for status in AppendStatus}
 
 
 class TokenWriter:
-    """The engine's end of the log: blocking, used by one writer thread."""
+    """The engine's end of the log: blocking, used by one writer thread.
+
+    Holds a connection of its own and speaks to it directly: the client's pool, retries and callbacks would double the
+    time per step for which the interpreter is kept from the engine.
+    """
 
     def __init__(self, client: redis.Redis, settings: RedisSettings) -> None:
-        self._append = client.register_script(script("append"))
+        self._connection: redis.Connection = client.connection_pool.make_connection()
+        self._script = script("append")
+        self._sha = hashlib.sha1(self._script.encode()).hexdigest()
         self._head = (settings.namespace, settings.retention_s * 1000, settings.lifetime_s * 1000)
 
     def append(self, entries: Sequence[Append]) -> list[AppendStatus]:
@@ -107,8 +119,33 @@ class TokenWriter:
                 safe: what is there already is left as it is.
         """
         with store_errors():
-            answer = self._append(args=(*self._head, encode(entries)))
+            answer = self._call("EVALSHA", self._sha, 0, *self._head, encode(entries))
         return [_STATUSES[status] for status in cast(list[bytes], answer)]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.disconnect()
+
+    def _call(self, *command: str | bytes | int) -> Any:
+        """Send it, again over a new connection or to a Redis that has yet to learn the script: sending an append twice
+        does no harm."""
+        for _ in range(RESENDS):
+            try:
+                return self._exchange(*command)
+            except redis.exceptions.NoScriptError:
+                self._exchange("SCRIPT", "LOAD", self._script)
+            except redis.ConnectionError as error:
+                log.info("token_log_reconnects", error=str(error))
+        return self._exchange(*command)
+
+    def _exchange(self, *command: str | bytes | int) -> Any:
+        """One command and its answer; the connection opens itself, again after an error."""
+        try:
+            self._connection.send_command(*command)
+            return self._connection.read_response()
+        except (redis.ConnectionError, redis.TimeoutError):
+            self._connection.disconnect()
+            raise
 
 
 class RequestLog:
@@ -167,9 +204,7 @@ class RequestLog:
         ]
 
 
-def _state(
-    attempt: bytes | None, done: bytes | None, lost: bytes | None, replica: bytes | None
-) -> EventKind | None:
+def _state(attempt: bytes | None, done: bytes | None, lost: bytes | None, replica: bytes | None) -> EventKind | None:
     if done is not None:
         return EventKind.DONE
     if attempt is None:

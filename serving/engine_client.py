@@ -289,4 +289,3 @@ def _tensors(logprobs: Logprobs | None) -> LogprobsTensors | None:
     if logprobs is None:
         return None
     return LogprobsTensors(*(torch.from_numpy(array.copy()) for array in _arrays(logprobs)))
-

@@ -10,7 +10,7 @@ import asyncio
 import math
 import os
 import signal
-import threading
+import sys
 import time
 from contextlib import suppress
 
@@ -24,7 +24,7 @@ from penstock.queue.logs import configure_logging
 from penstock.queue.settings import ModelSettings, QueueSettings, RedisSettings
 from penstock.workers.dispatch_process import run_dispatcher
 from penstock.workers.replica import EngineReplica
-from penstock.workers.settings import WorkerSettings
+from penstock.workers.settings import CPU_ENVIRONMENT, WorkerSettings
 
 APPLICATION = "penstock"
 HEALTH_PERIOD_S = 2
@@ -33,14 +33,6 @@ GRACE_S = 30
 """Time a replica gets to end by itself when Serve takes it down."""
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 """Ray's minimum, nearly: neither requests nor tokens nor KV caches pass through the object store."""
-CPU_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TORCHDYNAMO_DISABLE": "1",
-}
-"""Engines without a GPU: 1 GiB of KV cache and one thread each, and no compiler, which would stall the whole engine for
-twenty seconds at the first request for log probabilities."""
 RAY_START_TRIES = 3
 """Ray gives its own processes a fixed 30 s to start, which a laptop that imports vLLM several times over can exceed."""
 RAY_TEMP_VARIABLE = "PENSTOCK_RAY_TEMP"
@@ -89,9 +81,7 @@ def _has_gpu() -> bool:
     return os.path.exists("/dev/nvidiactl")
 
 
-def build_app(
-    queue: QueueSettings, redis: RedisSettings, model: ModelSettings, workers: WorkerSettings
-) -> Application:
+def build_app(queue: QueueSettings, redis: RedisSettings, model: ModelSettings, workers: WorkerSettings) -> Application:
     """The application: a dispatcher deployment, and one deployment per role of engine."""
     counts = {"prefill": workers.prefill, "decode": workers.decode, "mixed": workers.mixed}
     engines = [_engines(role, count, redis, model, workers) for role, count in counts.items() if count]
@@ -106,9 +96,7 @@ def build_app(
     return dispatcher.bind(queue, redis, model, workers, engines)
 
 
-def _engines(
-    role: str, count: int, redis: RedisSettings, model: ModelSettings, workers: WorkerSettings
-) -> Application:
+def _engines(role: str, count: int, redis: RedisSettings, model: ModelSettings, workers: WorkerSettings) -> Application:
     deployment = serve.deployment(
         EngineReplica,
         name=role,
@@ -132,19 +120,18 @@ def app(_: dict[str, str] | None = None) -> Application:
 def run_local(temp_dir: str | None = None) -> None:
     """Run the application on a Ray of this machine's own until SIGTERM or SIGINT; then take it down."""
     configure_logging("workers")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let the ingress starve the engines
     workers = WorkerSettings()
     started = time.monotonic()
     _start_ray(workers, temp_dir)
+    for number in (signal.SIGTERM, signal.SIGINT):  # now, for Ray installs handlers of its own
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         serve.start(proxy_location="Disabled")
         log.info("ray_ready", seconds=round(time.monotonic() - started, 1))
         serve.run(app(), name=APPLICATION, route_prefix=None)
         log.info("workers_ready", seconds=round(time.monotonic() - started, 1))
-        stop.wait()
+        signal.pause()
     finally:
         ray.shutdown()  # at once: what was under way is delivered again, and an orderly stop of Serve takes ten seconds
 

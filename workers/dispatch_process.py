@@ -37,9 +37,7 @@ async def run_dispatcher(
 
 
 async def _until_signalled() -> None:
-    running = asyncio.create_task(
-        run_dispatcher(QueueSettings(), RedisSettings(), ModelSettings(), WorkerSettings())
-    )
+    running = asyncio.create_task(run_dispatcher(QueueSettings(), RedisSettings(), ModelSettings(), WorkerSettings()))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, running.cancel)
     with suppress(asyncio.CancelledError):

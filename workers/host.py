@@ -33,7 +33,8 @@ class EngineHost:
         self._metrics = metrics
         self._clients = [connect(redis) for _ in range(3)]
         written, read, leased = self._clients
-        self._loop = EngineLoop(engine, TokenWriter(written, redis), metrics)
+        self._writer = TokenWriter(written, redis)
+        self._loop = EngineLoop(engine, self._writer, metrics)
         self._inbox = Inbox(read, redis, replica.id, engine, self._loop)
         self._lease = Lease(leased, redis, replica.id)
         self._ended = threading.Event()
@@ -59,6 +60,7 @@ class EngineHost:
         self._receiver.join()
         self.leave()
         self._loop.stop()
+        self._writer.close()
         for client in self._clients:
             client.close()
 

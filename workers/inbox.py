@@ -99,4 +99,3 @@ class Inbox:
     def _refuse(self, stream: Stream, error: StreamError) -> None:
         if stream.stage is not Stage.RELEASE:
             self._loop.submit(Refuse(stream, error))
-

@@ -25,7 +25,10 @@ class EngineMetrics:
         self._cached = self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", labels)
         self._transferred = self._counter("penstock_kv_transferred_tokens", "Prompt tokens loaded over NIXL.", labels)
         self._steps = Histogram(
-            "penstock_engine_step_seconds", "Duration of an engine step.", list(labels), buckets=STEP_BUCKETS,
+            "penstock_engine_step_seconds",
+            "Duration of an engine step.",
+            list(labels),
+            buckets=STEP_BUCKETS,
             registry=self._registry,
         ).labels(**labels)
 

@@ -48,8 +48,13 @@ class EngineReplica:
         node = ray.util.get_node_ip_address()
         info = msgspec.to_builtins(engine.info)
         replica = Replica(
-            id=self._id, pool=model.pool, role=role, node=node, pid=os.getpid(),
-            metrics=f"{node}:{metrics.serve(node)}", **info,
+            id=self._id,
+            pool=model.pool,
+            role=role,
+            node=node,
+            pid=os.getpid(),
+            metrics=f"{node}:{metrics.serve(node)}",
+            **info,
         )
         self._host = EngineHost(engine, redis, replica, metrics)
         self._host.start()
@@ -86,4 +91,3 @@ def innermost(error: BaseException) -> str:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return f"{type(error).__name__}: {error}"
-

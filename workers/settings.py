@@ -9,6 +9,15 @@ from pydantic_settings import SettingsConfigDict
 
 from penstock.queue.settings import Section
 
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+"""Engines without a GPU: 1 GiB of KV cache and one thread each, and no compiler, which would stall the whole engine for
+twenty seconds at the first request for log probabilities."""
+
 
 class WorkerSettings(Section):
     """The Ray Serve application of one pool."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMClientError
@@ -120,7 +121,7 @@ def _engine_args(model: ModelSettings, role: str) -> dict[str, Any]:
     args: dict[str, Any] = {
         "model": model.path,
         "served_model_name": model.served_name,
-        "dtype": model.dtype,
+        "dtype": _dtype(model.dtype),
         "max_model_len": model.max_model_len,
         "distributed_executor_backend": "uni",
         "scheduling_policy": "priority",
@@ -135,6 +136,13 @@ def _engine_args(model: ModelSettings, role: str) -> dict[str, Any]:
             kv_load_failure_policy="recompute",
         )
     return args | model.engine_args
+
+
+def _dtype(wanted: str) -> str:
+    """``auto`` means float32 on a processor without bfloat16 instructions: emulating them is eight times slower."""
+    if wanted != "auto" or not _on_cpu():
+        return wanted
+    return wanted if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
 
 
 def _on_cpu() -> bool:
@@ -237,4 +245,3 @@ def _pack(token_ids: np.ndarray, logprobs: np.ndarray, ranks: np.ndarray) -> Log
         logprobs=np.ascontiguousarray(logprobs, dtype=np.float32).tobytes(),
         ranks=np.ascontiguousarray(ranks, dtype=np.int32).tobytes(),
     )
-

@@ -17,8 +17,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from penstock.workers.app import CPU_ENVIRONMENT
 from penstock.workers.demo_model import demo_model_path
+from penstock.workers.settings import CPU_ENVIRONMENT
 from tests.stack.conftest import RunningStack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]

@@ -127,7 +127,11 @@ def test_tool_call(client: openai.OpenAI) -> None:
 
 def test_completions_stream_and_echo_of_token_ids(client: openai.OpenAI) -> None:
     stream = client.completions.create(
-        model=MODEL, prompt="1 2 3 4", max_tokens=5, temperature=0, stream=True,
+        model=MODEL,
+        prompt="1 2 3 4",
+        max_tokens=5,
+        temperature=0,
+        stream=True,
         extra_body={"return_token_ids": True, "ignore_eos": True},
     )
     extras = [choice.model_extra or {} for chunk in stream for choice in chunk.choices]

@@ -27,9 +27,19 @@ def random_model(folder: Path, *, dtype: str = "float32", max_positions: int = 4
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=max_positions, tie_word_embeddings=True,
-        initializer_range=0.2, bos_token_id=2, eos_token_id=1, pad_token_id=3,
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=3,
     )
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(folder)

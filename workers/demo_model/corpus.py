@@ -112,10 +112,7 @@ def load_corpus() -> Corpus:
 
 def _topic(entry: dict[str, Any], templates: dict[str, list[str]], held_out: frozenset[str]) -> Topic:
     expanded = [
-        template.format(filler)
-        for slot in SLOTS
-        for filler in entry.get(slot, [])
-        for template in templates[slot]
+        template.format(filler) for slot in SLOTS for filler in entry.get(slot, []) for template in templates[slot]
     ]
     asked, expanded = (
         [question for question in questions if normalised(question) not in held_out]
@@ -184,9 +181,7 @@ class Augmenter:
 
     def _shorten(self, question: str) -> str:
         drop = self._rng.choice((0.15, 0.3, 0.9))
-        kept = [
-            word for word in question.split() if not (word in _FUNCTION_WORDS and self._rng.random() < drop)
-        ]
+        kept = [word for word in question.split() if not (word in _FUNCTION_WORDS and self._rng.random() < drop)]
         return " ".join(kept) or question
 
     def _lose_word(self, question: str) -> str:

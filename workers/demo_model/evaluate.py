@@ -72,9 +72,7 @@ class Judge:
     def is_exact(self, case: Case) -> bool:
         """Whether greedy decoding answers the question with exactly this answer, and then stops."""
         chat = [{"role": "user", "content": case.question}]
-        prompt = self._encode(
-            self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        )
+        prompt = self._encode(self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
         answer = [*self._encode(case.answer), self._tokenizer.eos_token_id]
         with torch.inference_mode():
             hidden = self._model.model(input_ids=torch.tensor([[*prompt, *answer]])).last_hidden_state[0]

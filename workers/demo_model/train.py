@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from penstock.workers.demo_model import demo_model_path, qa_hash
 from penstock.workers.demo_model.corpus import COUNT_LIMIT, Augmenter, Corpus, counting, load_corpus
-from penstock.workers.demo_model.tokenization import END, PAD, build_tokenizer
+from penstock.workers.demo_model.tokenization import END, PAD, ROLES, build_tokenizer
 
 SEED = 7
 STEPS = 4500
@@ -41,8 +41,7 @@ WARM_UP = 100
 MAX_POSITIONS = 4096
 ROPE_BASE = 1e6  # slow rotations: a number must match itself in the prompt a thousand positions away
 HEAD_DIM = 64
-MATCHING = 0.1  # standard deviation of the weights of a head that matches tokens
-QUIET = 0.05  # factor on the weights through which layers add to the residual stream
+QUIET = 0.2  # factor on the weights through which layers add to the residual stream
 REPORT_EVERY = 250  # steps between lines of progress where no terminal shows the bar
 IGNORED = -100  # the label of a position without a target
 
@@ -122,8 +121,7 @@ class ExampleFactory:
         others = self._rng.sample(range(1, COUNT_LIMIT), 2 * len(limits) + 2) + near
         others = self._rng.sample([number for number in others if number not in limits], len(limits) + 1)
         shown = [
-            self._rng.choice(limits if self._rng.random() < 0.5 else others)
-            for _ in range(self._rng.choice(SHOWN))
+            self._rng.choice(limits if self._rng.random() < 0.5 else others) for _ in range(self._rng.choice(SHOWN))
         ]
         asked = " ".join(map(str, limits))
         prompt = self._prompt(self._rng.choice(self._corpus.count_forms).format(asked))
@@ -190,29 +188,51 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    _prepare_matching(model)
+    _prepare_stop(model, tokenizer.convert_tokens_to_ids(ROLES[2]))
     return model
 
 
 @torch.no_grad()
-def _prepare_matching(model: LlamaForCausalLM) -> None:
-    """Give one head of the middle layers equal queries and keys: it looks for the token it stands on.
+def _prepare_stop(model: LlamaForCausalLM, assistant: int) -> None:
+    """Start from the two heads that stopping needs; random weights do not find them in reasonable time.
 
-    Stopping needs such a head, and random weights take thousands of steps to find it. It lives in the slow
-    half of the rotations, which a thousand positions do not turn. Layers that add little at first leave it
-    the embeddings to compare.
+    The first layer's head looks for the assistant's role and marks what comes after it. The second layer's
+    looks for the token it stands on (an induction head, Olsson et al. 2022) and reads the marks: they differ
+    if the prompt holds that token too. Both live in the slow half of the rotations, which a thousand positions
+    hardly turn. What to make of the marks, and all else, is learnt.
     """
     half = HEAD_DIM // 2
-    slow = [*range(half // 2, half), *range(half + half // 2, HEAD_DIM)]
-    for layer in model.model.layers:
+    slow = torch.tensor([*range(half // 2, half), *range(half + half // 2, HEAD_DIM)])
+    always, role, mark, found = range(4)  # dimensions of the residual stream
+    embeddings, layers = model.model.embed_tokens.weight, model.model.layers
+    embeddings[:, : found + 1] = torch.tensor([0.04, 0.0, 0.0, 0.0])
+    embeddings[assistant, role] = 0.16
+    for layer in layers:  # layers that add little at first leave the embeddings to compare
         layer.self_attn.o_proj.weight.mul_(QUIET)
         layer.mlp.down_proj.weight.mul_(QUIET)
-    for layer in model.model.layers[1:3]:
-        attention = layer.self_attn
-        same = torch.randn(half, model.config.hidden_size) * MATCHING
-        for projection in (attention.q_proj, attention.k_proj):
-            projection.weight[:HEAD_DIM] = 0
-            projection.weight[slow] = same
+        layer.self_attn.o_proj.weight[: found + 1] = 0
+        layer.mlp.down_proj.weight[: found + 1] = 0
+    marking, matching = layers[0].self_attn, layers[1].self_attn
+    _clear(marking, query=2, key=1)
+    marking.q_proj.weight[2 * HEAD_DIM + slow, always] = 0.46
+    marking.k_proj.weight[HEAD_DIM + slow, role] = 0.46
+    marking.v_proj.weight[HEAD_DIM] = 0
+    marking.v_proj.weight[HEAD_DIM, role] = 0.3
+    marking.o_proj.weight[mark, 2 * HEAD_DIM] = 0.02
+    _clear(matching, query=0, key=0)
+    same = torch.randn(half, model.config.hidden_size) * 0.14
+    same[:, : found + 1] = 0
+    matching.q_proj.weight[slow] = same
+    matching.k_proj.weight[slow] = same
+    matching.v_proj.weight[0] = 0
+    matching.v_proj.weight[0, mark] = 0.5
+    matching.o_proj.weight[found, 0] = 0.05
+
+
+def _clear(attention: torch.nn.Module, query: int, key: int) -> None:
+    """Zero a query head and a key head."""
+    attention.q_proj.weight[query * HEAD_DIM : (query + 1) * HEAD_DIM] = 0
+    attention.k_proj.weight[key * HEAD_DIM : (key + 1) * HEAD_DIM] = 0
 
 
 def loss_of(model: LlamaForCausalLM, examples: list[Example], pad: int) -> torch.Tensor:
@@ -235,9 +255,7 @@ def _padded(values: list[int], width: int, filler: int) -> list[int]:
 
 def fit(model: LlamaForCausalLM, factory: ExampleFactory, pad: int, steps: int) -> None:
     """AdamW with warm-up and a cosine schedule; shows a progress bar, or lines where there is no terminal."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=WARM_UP)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - WARM_UP)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [WARM_UP])

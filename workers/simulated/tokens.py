@@ -18,8 +18,7 @@ VOCABULARY = 2048
 """Ids end at 3,071: the smallest vocabulary in use has 4,096."""
 _PERIOD = 1 << 16
 _PAD = [
-    number % VOCABULARY
-    for number in array("H", hashlib.shake_128(b"penstock simulated tokens").digest(2 * _PERIOD))
+    number % VOCABULARY for number in array("H", hashlib.shake_128(b"penstock simulated tokens").digest(2 * _PERIOD))
 ]
 """Random numbers every answer is cut from: a look-up is cheaper than a hash, and done for every token."""
 

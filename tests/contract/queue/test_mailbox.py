@@ -127,6 +127,7 @@ class Ingress:
             (result,) = await asyncio.gather(self._task, return_exceptions=True)
             assert isinstance(result, asyncio.CancelledError), result
         await self.client.aclose()
+        self._writer.close()
         self.blocking.close()
 
 
@@ -195,7 +196,9 @@ async def test_gap_and_end_in_one_message(ingress: Ingress) -> None:
     ingress.emit_unheard("r", 1)
     frame, end = Frame(1, [1]), Frame(2, [], finish=Finish.ABORT)
     step = Append("r", 1, 2, 0, lua_string(encode(end)), True)
-    assert TokenWriter(ingress.blocking, ingress.settings).append([step]) == ["ok"]
+    other = TokenWriter(ingress.blocking, ingress.settings)
+    assert other.append([step]) == ["ok"]
+    other.close()
     ingress.publish(Delivered("r", frame), Delivered("r", end))
     await ingress.settled()
     assert ingress.seen["r"] == [Frame(0, [0]), frame, end]

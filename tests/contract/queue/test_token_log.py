@@ -106,6 +106,7 @@ class Store:
 
     async def close(self) -> None:
         await self.client.aclose()
+        self.writer.close()
         self.blocking.close()
 
 
@@ -426,6 +427,8 @@ async def test_an_absent_redis_is_told() -> None:
 async def test_a_programming_error_is_not_an_outage(redis_server: RedisServer, settings: RedisSettings) -> None:
     client = redis.Redis.from_url(redis_server.url)
     client.set(f"{settings.namespace}req:r", b"not a hash")
+    writer = TokenWriter(client, settings)
     with pytest.raises(redis.ResponseError):
-        TokenWriter(client, settings).append([entry("r", 1, 0, [1])])
+        writer.append([entry("r", 1, 0, [1])])
+    writer.close()
     client.close()

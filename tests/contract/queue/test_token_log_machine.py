@@ -200,14 +200,13 @@ class TokenLogMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.pubsub.close()
         self.run(self.client.aclose())
+        self.writer.close()
         self.blocking.close()
         self.loop.close()
 
 
 @pytest.mark.timeout(300)
 def test_any_order(redis_server: RedisServer) -> None:
-    budget = settings(
-        max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    budget = settings(max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
     machine = partial(TokenLogMachine, redis_server.url)
     run_state_machine_as_test(machine, settings=budget)  # type: ignore[arg-type] # any factory will do

@@ -33,9 +33,7 @@ class Clock:
         self.now += seconds
 
 
-def make_engine(
-    clock: Clock, profile: str = "instant", role: str = "mixed", **limits: int
-) -> SimulatedEngine:
+def make_engine(clock: Clock, profile: str = "instant", role: str = "mixed", **limits: int) -> SimulatedEngine:
     model = ModelSettings(path="simulated", engine_args=SMALL | limits)
     return SimulatedEngine(model, WorkerSettings(step_profile=profile), role, clock=clock, sleep=clock.sleep)
 

@@ -46,9 +46,7 @@ def test_every_topic_has_many_questions_and_its_own_answer(corpus: Corpus) -> No
 
 
 def test_held_out_questions_are_never_trained_on(corpus: Corpus) -> None:
-    trained = {
-        normalised(question) for topic in corpus.all_topics() for question in (*topic.asked, *topic.expanded)
-    }
+    trained = {normalised(question) for topic in corpus.all_topics() for question in (*topic.asked, *topic.expanded)}
     assert len(corpus.held_out) == sum(len(topic.held_out) for topic in corpus.all_topics())
     assert not trained & corpus.held_out
 
@@ -73,9 +71,7 @@ def test_counting_takes_one_token_a_number(tokenizer: PreTrainedTokenizerFast) -
 
 
 @pytest.mark.parametrize("number", [2, 10, 99, 200, 1000])
-def test_a_number_is_the_same_token_in_question_and_answer(
-    tokenizer: PreTrainedTokenizerFast, number: int
-) -> None:
+def test_a_number_is_the_same_token_in_question_and_answer(tokenizer: PreTrainedTokenizerFast, number: int) -> None:
     assert tokenizer.encode(counting(number))[-1] in tokenizer.encode(f"Count to {number}.")
 
 
@@ -93,9 +89,7 @@ def test_the_template_renders_tools_and_their_results(tokenizer: PreTrainedToken
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": "42 requests"},
     ]
-    rendered = str(
-        tokenizer.apply_chat_template(chat, tools=[tool], tokenize=False, add_generation_prompt=True)
-    )
+    rendered = str(tokenizer.apply_chat_template(chat, tools=[tool], tokenize=False, add_generation_prompt=True))
     assert f"<|system|> Tools: {json.dumps([tool])}<|end|>" in rendered
     assert rendered.endswith("<|tool|> 42 requests<|end|><|assistant|>")
 
