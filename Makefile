@@ -37,7 +37,7 @@ $(DEV_READY): $(READY) requirements/dev.txt
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --override requirements/overrides.txt \
 	  --constraint requirements/constraints.txt --requirement requirements/dev.txt
 	mkdir -p .links/penstock
-	for folder in queue workers serving autoscaling kuberay; do ln -sfn ../../$$folder .links/penstock/$$folder; done
+	for folder in queue workers serving; do ln -sfn ../../$$folder .links/penstock/$$folder; done
 	touch $@
 
 demo: $(READY)  ## start everything on this machine and answer (ONCE=1 PROMPT=... MODEL=... QUEUE=redis|kafka PREFILL=1 DECODE=1)
@@ -45,8 +45,9 @@ demo: $(READY)  ## start everything on this machine and answer (ONCE=1 PROMPT=..
 
 check: $(DEV_READY)  ## format, lint, types, import rules
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	PYTHONPATH=.links $(BIN)/lint-imports
 
 unit: $(DEV_READY)  ## the fast tests
 	$(BIN)/pytest -m unit

@@ -106,7 +106,7 @@ class TokenWriter:
     """
 
     def __init__(self, client: redis.Redis, settings: RedisSettings) -> None:
-        self._connection: redis.Connection = client.connection_pool.make_connection()
+        self._connection: Any = client.connection_pool.make_connection()  # redis-py leaves it untyped
         self._script = script("append")
         self._sha = hashlib.sha1(self._script.encode()).hexdigest()
         self._head = (settings.namespace, settings.retention_s * 1000, settings.lifetime_s * 1000)

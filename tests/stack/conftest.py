@@ -6,6 +6,7 @@ on Redis Streams and one on Apache Kafka.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ START_TIMEOUT_S = 600
 """Three interpreters import vLLM on two cores: about a minute, and several on a machine that is doing other things."""
 
 
+ENGINE_ARGS = {
+    "max_num_seqs": 64,
+    # A model that has not learnt JSON would fill its answer with the white space that a grammar allows.
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
 POLL_S = 0.5
 """How often readiness is asked for; the parts need the processor more."""
 
@@ -53,8 +59,7 @@ def _environment(redis: RedisServer, folder: Path) -> dict[str, str]:
         # Exactness is asserted token for token, and bfloat16 rounds differently with the shape of the batch.
         "PENSTOCK_MODEL_DTYPE": "float32",
         "PENSTOCK_MODEL_MAX_MODEL_LEN": "4096",
-        # A model that has not learnt JSON would fill its answer with the white space that a grammar allows.
-        "PENSTOCK_MODEL_ENGINE_ARGS": '{"max_num_seqs": 64, "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": true}}',
+        "PENSTOCK_MODEL_ENGINE_ARGS": json.dumps(ENGINE_ARGS),
         "PENSTOCK_WORKERS_DISPATCHERS": "1",
         "PENSTOCK_INGRESS_TOOL_CALL_PARSER": "hermes",
         "PENSTOCK_INGRESS_MAX_BODY_BYTES": str(1024 * 1024),

@@ -1,4 +1,4 @@
-"""An ingress whose broker or Redis goes away, and its API keys. It has servers of its own to take down, and no engines."""
+"""An ingress whose broker or Redis goes away, and its API keys. Its servers are its own, and it has no engines."""
 
 from __future__ import annotations
 
