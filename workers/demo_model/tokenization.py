@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from penstock.workers.demo_model.corpus import COUNT_LIMIT
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+ASSISTANT = "<|assistant|>"
+ROLES = ("<|system|>", "<|user|>", ASSISTANT, "<|tool|>")
 SPECIALS = (BOS, END, PAD, *ROLES)
 LEARNT_MERGES = 1650
 SPACE = "Ġ"  # how byte-level BPE writes a space

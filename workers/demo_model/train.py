@@ -1,9 +1,9 @@
 """Train the demo model on one CPU core: `python -m penstock.workers.demo_model.train [--out DIR]`.
 
-Three savings make minutes out of an hour. Only the answers' tokens go through the output layer. Most answers
-are cut after their first tokens, for that is where the topic is decided. And most counting examples show a
-short window of the count at its true positions: the successor and the stop ("the prompt holds this very
-number") need no more, so that a few whole counts are enough.
+Four savings make minutes out of an hour. Only the answers' tokens go through the output layer. Most answers
+are cut after their first tokens, for that is where the topic is decided. Most counting examples show a short
+window of the count at its true positions, or numbers in any order whose every place trains the stop: a few
+whole counts are enough. And the two heads that stopping needs are there from the start (see `model.py`).
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from penstock.workers.demo_model import demo_model_path, qa_hash
 from penstock.workers.demo_model.corpus import COUNT_LIMIT, Augmenter, Corpus, counting, load_corpus
-from penstock.workers.demo_model.tokenization import END, PAD, ROLES, build_tokenizer
+from penstock.workers.demo_model.model import MAX_POSITIONS, build_model
+from penstock.workers.demo_model.tokenization import END, PAD, build_tokenizer
 
 SEED = 7
 STEPS = 4500
 BATCH_TOKENS = 800
 POOL = 400  # short examples drawn together and sorted by length
-SHARES = (0.62, 0.24, 0.14)  # of the batches: answers, stops, windows of counts
+SHARES = (0.66, 0.2, 0.14)  # of the batches: answers, stops, windows of counts
 WHOLE_EVERY = 25  # one batch in so many is one whole count
 CUT = 0.8  # share of the answers that are cut after their first tokens, where the topic is decided
 LAST_TARGETS = 3
@@ -38,10 +39,6 @@ OTHER_TARGETS = 5
 SHOWN = (24, 40, 100)  # numbers in an example of stops
 PEAK_RATE = 1.5e-3
 WARM_UP = 100
-MAX_POSITIONS = 4096
-ROPE_BASE = 1e6  # slow rotations: a number must match itself in the prompt a thousand positions away
-HEAD_DIM = 64
-QUIET = 0.2  # factor on the weights through which layers add to the residual stream
 REPORT_EVERY = 250  # steps between lines of progress where no terminal shows the bar
 IGNORED = -100  # the label of a position without a target
 
@@ -169,72 +166,6 @@ def _example(prompt: list[int], answer: list[int], first: int) -> Example:
     return Example([*prompt, *shown], positions, targets)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of about four million weights, freshly initialised."""
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    _prepare_stop(model, tokenizer.convert_tokens_to_ids(ROLES[2]))
-    return model
-
-
-@torch.no_grad()
-def _prepare_stop(model: LlamaForCausalLM, assistant: int) -> None:
-    """Start from the two heads that stopping needs; random weights do not find them in reasonable time.
-
-    The first layer's head looks for the assistant's role and marks what comes after it. The second layer's
-    looks for the token it stands on (an induction head, Olsson et al. 2022) and reads the marks: they differ
-    if the prompt holds that token too. Both live in the slow half of the rotations, which a thousand positions
-    hardly turn. What to make of the marks, and all else, is learnt.
-    """
-    half = HEAD_DIM // 2
-    slow = torch.tensor([*range(half // 2, half), *range(half + half // 2, HEAD_DIM)])
-    always, role, mark, found = range(4)  # dimensions of the residual stream
-    embeddings, layers = model.model.embed_tokens.weight, model.model.layers
-    embeddings[:, : found + 1] = torch.tensor([0.04, 0.0, 0.0, 0.0])
-    embeddings[assistant, role] = 0.16
-    for layer in layers:  # layers that add little at first leave the embeddings to compare
-        layer.self_attn.o_proj.weight.mul_(QUIET)
-        layer.mlp.down_proj.weight.mul_(QUIET)
-        layer.self_attn.o_proj.weight[: found + 1] = 0
-        layer.mlp.down_proj.weight[: found + 1] = 0
-    marking, matching = layers[0].self_attn, layers[1].self_attn
-    _clear(marking, query=2, key=1)
-    marking.q_proj.weight[2 * HEAD_DIM + slow, always] = 0.46
-    marking.k_proj.weight[HEAD_DIM + slow, role] = 0.46
-    marking.v_proj.weight[HEAD_DIM] = 0
-    marking.v_proj.weight[HEAD_DIM, role] = 0.3
-    marking.o_proj.weight[mark, 2 * HEAD_DIM] = 0.02
-    _clear(matching, query=0, key=0)
-    same = torch.randn(half, model.config.hidden_size) * 0.14
-    same[:, : found + 1] = 0
-    matching.q_proj.weight[slow] = same
-    matching.k_proj.weight[slow] = same
-    matching.v_proj.weight[0] = 0
-    matching.v_proj.weight[0, mark] = 0.5
-    matching.o_proj.weight[found, 0] = 0.05
-
-
-def _clear(attention: torch.nn.Module, query: int, key: int) -> None:
-    """Zero a query head and a key head."""
-    attention.q_proj.weight[query * HEAD_DIM : (query + 1) * HEAD_DIM] = 0
-    attention.k_proj.weight[key * HEAD_DIM : (key + 1) * HEAD_DIM] = 0
-
-
 def loss_of(model: LlamaForCausalLM, examples: list[Example], pad: int) -> torch.Tensor:
     """Mean cross-entropy over the targets (a scalar); causal attention never sees padding on the right."""
     width = max(len(example.tokens) for example in examples)
@@ -310,7 +241,7 @@ def train(out: Path, steps: int = STEPS) -> None:
     """Train from scratch and write the model to `out`."""
     corpus = load_corpus()
     tokenizer = build_tokenizer(tokenizer_texts(corpus), MAX_POSITIONS)
-    model = build_model(tokenizer)
+    model = build_model(tokenizer, SEED)
     started = time.monotonic()
     fit(model, ExampleFactory(corpus, tokenizer, SEED), tokenizer.convert_tokens_to_ids(PAD), steps)
     save(model, tokenizer, out)
