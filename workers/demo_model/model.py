@@ -26,8 +26,9 @@ _QUIET = 0.05  # layers that add little at first leave the matching head the emb
 # Dimensions of the residual stream that the two heads talk through.
 _ALWAYS, _ROLE, _MARK, _FOUND = range(4)
 _RESERVED = 4
-_CONSTANT = 0.04  # of every token, so that a query can be the same everywhere; embeddings deviate by 0.02
-_ROLE_SIZE = 0.16
+_WIDE = 3  # factor on the embeddings: training must not drown what tells the tokens apart
+_CONSTANT = 0.12  # of every token, so that a query can be the same everywhere; embeddings deviate by 0.06
+_ROLE_SIZE = 0.48
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -59,6 +60,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 def _reserve(model: LlamaForCausalLM, assistant: int) -> None:
     """Give the two heads their dimensions of the residual stream, and quiet the layers."""
     embeddings = model.model.embed_tokens.weight
+    embeddings.mul_(_WIDE)
     embeddings[:, :_RESERVED] = 0
     embeddings[:, _ALWAYS] = _CONSTANT
     embeddings[assistant, _ROLE] = _ROLE_SIZE
@@ -77,7 +79,7 @@ def _mark_answers(attention: LlamaAttention) -> None:
     attention.k_proj.weight[key + _SLOW, _ROLE] = 0.46
     attention.v_proj.weight[key] = 0
     attention.v_proj.weight[key, _ROLE] = 0.3
-    attention.o_proj.weight[_MARK, query] = 0.02
+    attention.o_proj.weight[_MARK, query] = 0.06
 
 
 def _match_tokens(attention: LlamaAttention, hidden: int) -> None:
@@ -89,4 +91,4 @@ def _match_tokens(attention: LlamaAttention, hidden: int) -> None:
         projection.weight[_SLOW] = same
     attention.v_proj.weight[0] = 0
     attention.v_proj.weight[0, _MARK] = 0.5
-    attention.o_proj.weight[_FOUND, 0] = 0.05
+    attention.o_proj.weight[_FOUND, 0] = 0.15

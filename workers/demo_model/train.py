@@ -38,6 +38,7 @@ LAST_TARGETS = 3
 OTHER_TARGETS = 5
 SHOWN = (24, 40, 100)  # numbers in an example of stops
 PEAK_RATE = 1.5e-3
+EMBEDDING_RATE = 0.5e-3
 WARM_UP = 100
 REPORT_EVERY = 250  # steps between lines of progress where no terminal shows the bar
 IGNORED = -100  # the label of a position without a target
@@ -184,9 +185,17 @@ def _padded(values: list[int], width: int, filler: int) -> list[int]:
     return [*values, *[filler] * (width - len(values))]
 
 
+def optimizer_of(model: LlamaForCausalLM) -> torch.optim.AdamW:
+    """AdamW; slower for the embeddings, for all numbers' together would move far before they move apart."""
+    embeddings = model.model.embed_tokens.weight
+    others = [weight for weight in model.parameters() if weight is not embeddings]
+    groups = [{"params": others}, {"params": [embeddings], "lr": EMBEDDING_RATE}]
+    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+
+
 def fit(model: LlamaForCausalLM, factory: ExampleFactory, pad: int, steps: int) -> None:
     """AdamW with warm-up and a cosine schedule; shows a progress bar, or lines where there is no terminal."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    optimizer = optimizer_of(model)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=WARM_UP)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - WARM_UP)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [WARM_UP])
