@@ -19,6 +19,10 @@ from penstock.workers.demo_model import qa_path
 
 SLOTS = ("nouns", "actions", "events", "reasons")
 COUNT_LIMIT = 1000
+COUNT_LIMITS = (*range(1, 31), *range(40, 201, 10), *range(250, COUNT_LIMIT + 1, 50))
+"""Where the model can stop. To stop anywhere it would have to learn that two tokens are the same one, which takes
+far more training than to learn these few by heart."""
+COUNT_REFUSAL = "I can count to any number up to 30, by tens up to 200, and by fifties up to 1,000."
 
 # Words a question can lose and still ask the same.
 _OPTIONAL_WORDS = """

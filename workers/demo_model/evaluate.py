@@ -19,14 +19,13 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from penstock.workers.demo_model import demo_model_path
-from penstock.workers.demo_model.corpus import COUNT_LIMIT, Corpus, Topic, counting, load_corpus
+from penstock.workers.demo_model.corpus import COUNT_LIMITS, Corpus, Topic, counting, load_corpus
 
 SEEN_GOAL = 0.98
 HELD_OUT_GOAL = 0.90
 OFF_TOPIC_GOAL = 0.90
 COUNTING_GOAL = 1.0
-EDGES = (1, 2, 3, 9, 10, 11, 99, 100, 101, 200, 500, 999, COUNT_LIMIT)
-COUNT_STRIDE = 37  # coprime to 10: the numbers tried end in every digit
+COUNT_STRIDE = 1
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,8 @@ def held_out(topics: Iterable[Topic]) -> Iterator[Case]:
 
 
 def counts(corpus: Corpus, stride: int) -> Iterator[Case]:
-    """Counts to every `stride`-th limit up to 1,000 and to some edges, the forms of the question by turns."""
-    limits = sorted({*EDGES, *range(5, COUNT_LIMIT, stride)} if stride > 1 else range(1, COUNT_LIMIT + 1))
+    """Counts to every `stride`-th limit that the model can stop at, the forms of the question by turns."""
+    limits = COUNT_LIMITS[::stride]
     forms = corpus.count_forms
     return (Case(forms[turn % len(forms)].format(n), counting(n)) for turn, n in enumerate(limits))
 
