@@ -26,14 +26,15 @@ async def run_dispatcher(
 
     A dispatcher that met what it does not know ends its process: another is started, and the queue delivers again.
     """
-    source = open_queue(queue, redis, model.pool)
+    source, client = open_queue(queue, redis, model.pool), connect_async(redis)
     try:
-        await Dispatcher(source, connect_async(redis), redis, workers, model.pool).run()
+        await Dispatcher(source, client, redis, workers, model.pool).run()
     except Exception:
         log.exception("dispatcher_failed")
         os._exit(1)
     finally:
         await source.close()
+        await client.aclose()
 
 
 async def _until_signalled() -> None:
