@@ -104,7 +104,7 @@ def test_json_schema(client: openai.OpenAI) -> None:
 def test_tool_call(client: openai.OpenAI) -> None:
     """A forced function: the grammar makes the call, the parser finds it.
 
-    Its arguments are JSON and no more: held to the schema, a model that has not learnt JSON fills them with white space.
+    Its arguments are JSON, no more: held to the schema, a model that never learnt JSON fills them with white space.
     """
     tool = {
         "type": "function",
