@@ -143,11 +143,6 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         self._reader.close(request_id)
         self._accepted.pop(request_id, None)
 
-    @property
-    def open_streams(self) -> int:
-        """Requests of this ingress that have not ended."""
-        return len(self._accepted)
-
     async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
         """Text generation only."""
         return ("generate",)

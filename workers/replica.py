@@ -60,10 +60,6 @@ class EngineReplica:
         self._host.start()
         log.info("replica_ready", replica=self._id, role=role, seconds=round(time.monotonic() - started, 1), **info)
 
-    def ready(self) -> str:
-        """The replica's id, once it can take work; for whoever starts it."""
-        return self._id
-
     def check_health(self) -> None:
         """Ray Serve's health probe."""
         if time.monotonic() - self._host.last_beat > UNHEALTHY_AFTER_S:
