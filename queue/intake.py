@@ -46,13 +46,30 @@ class Intake:
         self._codec = codec
         self._waiting: list[Entry] = []
         self._loaned: dict[Position, Entry] = {}
+        self._known: dict[Position, bytes] = {}
         self._changed = asyncio.Event()
 
     def put(self, entries: Iterable[Entry]) -> None:
-        """Add entries read from the broker and wake whoever waits."""
+        """Add entries read from the broker and wake whoever waits.
+
+        One that is here already is not added twice; another one in its place, in a log that was cut back, is.
+        """
         for entry in entries:
-            heapq.heappush(self._waiting, entry)
-            self._changed.set()
+            if self._known.get(entry.position) != entry.data:
+                self._known[entry.position] = entry.data
+                heapq.heappush(self._waiting, entry)
+                self._changed.set()
+
+    def knows(self, position: Position) -> bool:
+        """Whether this entry waits here or is on loan."""
+        return position in self._known
+
+    def counts(self) -> list[int]:
+        """Entries waiting here or on loan, by class."""
+        counts = [0 for _ in PriorityClass]
+        for entry in (*self._waiting, *self._loaned.values()):
+            counts[entry.order[0]] += 1
+        return counts
 
     def wake(self) -> None:
         """Let :meth:`changed` return: something went wrong or came to an end."""
@@ -61,11 +78,6 @@ class Intake:
     async def changed(self) -> None:
         """Wait for a :meth:`put` or :meth:`wake` since the last :meth:`take`."""
         await self._changed.wait()
-
-    @property
-    def ready(self) -> bool:
-        """Whether an entry waits here."""
-        return bool(self._waiting)
 
     def held(self) -> list[Held]:
         """What waits here, by class."""
@@ -92,8 +104,10 @@ class Intake:
                     await bury(entry, f"{error.code}: {error}")
                     buried.add(entry.position)
         except BaseException:
+            self._unlearn(entries)
             self.put(entry for entry in entries if entry.position not in buried)
             raise
+        self._unlearn(entry for entry in entries if entry.position in buried)
         self._loaned.update((entry.position, entry) for entry in entries if entry.position not in buried)
         return deliveries
 
@@ -109,6 +123,7 @@ class Intake:
         """These are finished."""
         for entry in entries:
             self._loaned.pop(entry.position, None)
+            self._known.pop(entry.position, None)
 
     def give_back(self, deliveries: Sequence[Delivery]) -> None:
         """End these loans: their entries wait here again, ahead of later ones."""
@@ -121,17 +136,29 @@ class Intake:
         self._waiting = [entry for entry in self._waiting if ours(entry.position)]
         heapq.heapify(self._waiting)
         self._loaned = {position: entry for position, entry in self._loaned.items() if ours(position)}
+        self._known = {entry.position: entry.data for entry in (*self._waiting, *self._loaned.values())}
+
+    def offers(self, budget: Budget, requests: int = 0, tokens: int = 0) -> bool:
+        """Whether the first entry here fits the budget beside so many requests and tokens that were taken of it."""
+        if not self._waiting or requests >= budget.requests:
+            return False
+        first = self._waiting[0]
+        bound = budget.bound(first.order[0])
+        within = tokens + first.tokens <= min(budget.tokens, bound.tokens)
+        return requests < bound.requests and (within or not requests)
 
     def _pop(self, budget: Budget) -> list[Entry]:
         self._changed.clear()
         taken: list[Entry] = []
-        tokens = budget.tokens
-        while self._waiting and len(taken) < budget.requests:
-            if taken and self._waiting[0].tokens > tokens:
-                break
+        tokens = 0
+        while self.offers(budget, len(taken), tokens):
             taken.append(heapq.heappop(self._waiting))
-            tokens -= taken[-1].tokens
+            tokens += taken[-1].tokens
         return taken
+
+    def _unlearn(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            self._known.pop(entry.position, None)
 
     async def _open(self, entry: Entry) -> Delivery:
         return Delivery(await self._codec.decode(entry.data), entry.position, entry.deliveries)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from kafka import KafkaAdminClient, TopicPartition
+from kafka import KafkaAdminClient
 
 from penstock.queue.dead_letters import DeadLetter
 from penstock.queue.errors import QueueUnavailable
@@ -27,11 +27,11 @@ from penstock.queue.kafka_client import (
     Topics,
     broker_errors,
     ensure_topics,
-    header,
     open_client,
 )
 from penstock.queue.kafka_consumer import STALL_S, PollThread
-from penstock.queue.kafka_depth import BacklogCounter, LogReader
+from penstock.queue.kafka_dead import DeadLetterTopic
+from penstock.queue.kafka_depth import BacklogCounter
 from penstock.queue.kafka_producer import Publisher
 from penstock.queue.payloads import RecordCodec, connect_once
 from penstock.queue.protocol import Budget, Delivery, Depth
@@ -97,8 +97,12 @@ class KafkaQueue:
             await self._bury(entry, reason)
 
     async def dead_letters(self, limit: int) -> list[DeadLetter]:
-        """The oldest ``limit`` dead letters of each partition, oldest first."""
-        return await self._call(lambda: self._read_dead_letters(limit), DEPTH_TIMEOUT_S)
+        """The oldest ``limit`` that were not dropped."""
+        return await self._call(lambda: self._dead_letters().read(limit), DEPTH_TIMEOUT_S)
+
+    async def drop_dead_letters(self, ids: Collection[str]) -> int:
+        """Committed as finished by a group of their own."""
+        return await self._call(lambda: self._dead_letters().drop(ids), DEPTH_TIMEOUT_S)
 
     async def depth(self) -> dict[PriorityClass, Depth]:
         """Exact but for what other consumers finished within their commit interval; own work is committed first."""
@@ -113,7 +117,7 @@ class KafkaQueue:
 
     @property
     def healthy(self) -> bool:
-        """False when the poll thread hangs or has died; then the process should end."""
+        """False when the poll thread hangs: a call into the client that does not return cannot be ended."""
         return self._poller is None or self._poller.healthy
 
     async def close(self) -> None:
@@ -226,13 +230,8 @@ class KafkaQueue:
             if part is not None:
                 part.close()
 
-    def _read_dead_letters(self, limit: int) -> list[DeadLetter]:
-        self._open_admin()
-        with contextlib.closing(LogReader(self._settings, (self._topics.dead,))) as reader:
-            bounds = reader.bounds()
-            ranges = {partition: (start, min(end, start + limit)) for partition, (start, end) in bounds.items()}
-            records = sorted(reader.read(ranges), key=lambda found: found[1].timestamp)
-        return [_dead_letter(partition, record) for partition, record in records[:limit]]
+    def _dead_letters(self) -> DeadLetterTopic:
+        return DeadLetterTopic(self._settings, self._topics, self._open_admin())
 
 
 @contextlib.asynccontextmanager
@@ -241,12 +240,3 @@ async def _within(timeout_s: float) -> AsyncIterator[None]:
     with broker_errors():
         async with asyncio.timeout(timeout_s):
             yield
-
-
-def _dead_letter(partition: TopicPartition, record: Any) -> DeadLetter:
-    return DeadLetter(
-        id=f"{partition.partition}-{record.offset}",
-        data=record.value or b"",
-        reason=header(record, REASON_HEADER).decode(),
-        at_ms=record.timestamp,
-    )

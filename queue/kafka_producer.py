@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from kafka import KafkaProducer
+from kafka.errors import KafkaError
 
 from penstock.queue.errors import QueueUnavailable
 from penstock.queue.kafka_client import REQUEST_TIMEOUT_MS, broker_errors, open_client
@@ -14,16 +16,18 @@ from penstock.queue.settings import QueueSettings
 DELIVERY_TIMEOUT_MS = 4000
 """After this a publish has failed: room for one retry after :data:`REQUEST_TIMEOUT_MS`, and short enough for a
 client."""
-CLOSE_TIMEOUT_S = DELIVERY_TIMEOUT_MS / 1000
-"""Nothing can be in flight for longer."""
+ANSWER_TIMEOUT_S = DELIVERY_TIMEOUT_MS / 1000 + 1
+"""By then the client has told whether a record was stored; what it does not keep, we do."""
 _ENVELOPE_BYTES = 64 * 1024
 """Room for headers and framing over the largest record."""
 
 
 class Publisher:
-    """A producer that stores on all in-sync replicas, once, without waiting to fill batches.
+    """A producer that stores on all in-sync replicas without waiting to fill batches.
 
-    The producer's own thread does the I/O; :meth:`send` runs in the event loop and does not block.
+    The producer's own thread does the I/O; :meth:`send` runs in the event loop and does not block. Not idempotent:
+    a record that is stored twice runs once, and after an outage in which a batch expired the client's idempotent
+    producer never asks for a new producer id, nor ever answers again (kafka-python 3.0.12).
     """
 
     def __init__(self, queue: QueueSettings, topics: tuple[str, ...]) -> None:
@@ -32,7 +36,7 @@ class Publisher:
             KafkaProducer,
             queue,
             acks="all",
-            enable_idempotence=True,
+            enable_idempotence=False,
             linger_ms=0,
             delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
             max_block_ms=REQUEST_TIMEOUT_MS,
@@ -44,7 +48,7 @@ class Publisher:
                 self._producer.partitions_for(topic)
 
     async def send(self, topic: str, value: bytes, headers: dict[str, bytes]) -> None:
-        """Store one record. Raises :class:`QueueUnavailable` after :data:`DELIVERY_TIMEOUT_MS` at the latest."""
+        """Store one record. Raises :class:`QueueUnavailable` after :data:`ANSWER_TIMEOUT_S` at the latest."""
         loop = asyncio.get_running_loop()
         stored: asyncio.Future[None] = loop.create_future()
 
@@ -54,11 +58,16 @@ class Publisher:
         with broker_errors():
             sent = self._producer.send(topic, value, headers=list(headers.items()))
         sent.add_both(acknowledged)
-        await stored
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await stored
+        except TimeoutError as error:
+            raise QueueUnavailable("Kafka did not answer") from error
 
     def close(self) -> None:
         """Finish what is in flight. Blocks."""
-        self._producer.close(timeout=CLOSE_TIMEOUT_S)
+        with suppress(KafkaError):  # the broker is away, and whoever published knows
+            self._producer.close(timeout=ANSWER_TIMEOUT_S)
 
 
 def _resolve(stored: asyncio.Future[None], result: Any) -> None:

@@ -83,8 +83,9 @@ class Stage(StrEnum):
 class Run(msgspec.Struct, array_like=True, tag="run", frozen=True):
     """One request for one engine. The attempt number travels beside it, stamped by the dispatch script.
 
-    ``emitted`` are the tokens already in the log: the engine goes on from prompt + emitted.
-    ``hand_over`` is the decode replica of a PREFILL, ``kv`` the transfer parameters of a DECODE.
+    ``emitted`` are the tokens already in the log: the engine goes on from prompt + emitted, or with ``replay`` runs
+    from the prompt alone and must produce them again. ``hand_over`` is the decode replica of a PREFILL, ``kv`` the
+    transfer parameters of a DECODE, not to be used after ``kv_until_ms`` (wall clock).
     """
 
     id: str
@@ -93,6 +94,8 @@ class Run(msgspec.Struct, array_like=True, tag="run", frozen=True):
     emitted: list[int] = []
     hand_over: str | None = None
     kv: dict[str, Any] | None = None
+    replay: bool = False
+    kv_until_ms: int = 0
 
 
 class Abort(msgspec.Struct, array_like=True, tag="abort", frozen=True):
@@ -102,10 +105,14 @@ class Abort(msgspec.Struct, array_like=True, tag="abort", frozen=True):
 
 
 class Inbound(msgspec.Struct, array_like=True, frozen=True):
-    """One entry of a replica's inbox. ``attempt`` is 0 for an abort, which reaches whatever attempt runs."""
+    """One entry of a replica's inbox. ``attempt`` is 0 for an abort, which reaches whatever attempt runs.
+
+    ``fence`` is the time of the dispatch and goes back with every append: see ``append.lua``.
+    """
 
     attempt: int
     work: Run | Abort
+    fence: int = 0
 
 
 class EventKind(StrEnum):
@@ -115,10 +122,16 @@ class EventKind(StrEnum):
     """The end is in the token log."""
     PREFILLED = "prefilled"
     """``replica`` runs it now; the prefill replica that handed it over has room again."""
+    LOADED = "loaded"
+    """The replica it was handed to has its KV cache now, and needs the prefill replica no more."""
     LOST = "lost"
-    """The hand-over found no decode replica: dispatch it again."""
+    """No replica's fault (the hand-over found nobody, a replica is drained, the log lost tokens): dispatch it again."""
+    FAILED = "failed"
+    """The replica could not run it: dispatch it elsewhere, but not for ever."""
+    CLEARED = "cleared"
+    """It has got well beyond the point where replicas had died with it."""
     GONE = "gone"
-    """Redis knows nothing of it any more."""
+    """Redis knows nothing of it, or of its last attempt, any more."""
 
 
 class Event(msgspec.Struct, array_like=True, frozen=True):

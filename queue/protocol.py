@@ -6,22 +6,40 @@ Delivery is at least once; each delivery is finished by itself, in any order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
 
+from penstock.queue.dead_letters import DeadLetter
 from penstock.queue.records import PriorityClass, Record
+
+
+class Bound(NamedTuple):
+    """So many requests and prompt tokens."""
+
+    requests: int
+    tokens: int
 
 
 class Budget(NamedTuple):
     """What one pull may bring: at most ``requests`` records and ``tokens`` prompt tokens in all.
 
     A record longer than ``tokens`` is still delivered when it would be the only one, so that it cannot starve.
+
+    ``bounds`` are tighter limits, one a class in order of rank, never rising: a record of that class is taken only
+    while everything taken so far, of any class, is within them. So the less urgent cannot fill what is kept for the
+    more urgent, and a class with a bound of no requests is not taken at all. Classes that are not named have the whole.
     """
 
     requests: int
     tokens: int
+    bounds: tuple[Bound, ...] = ()
+
+    def bound(self, rank: int) -> Bound:
+        """The limits for the class of this rank."""
+        whole = Bound(self.requests, self.tokens)
+        return self.bounds[rank] if rank < len(self.bounds) else whole
 
 
 class Delivery(msgspec.Struct, frozen=True):
@@ -74,11 +92,21 @@ class RequestQueue(Protocol):
     async def dead_letter(self, delivery: Delivery, reason: str) -> None:
         """Move this one to the dead letters with its reason; it is finished as far as the queue is concerned."""
 
+    async def dead_letters(self, limit: int) -> list[DeadLetter]:
+        """The oldest ``limit`` dead letters."""
+
+    async def drop_dead_letters(self, ids: Collection[str]) -> int:
+        """Forget these dead letters; returns how many there were."""
+
     async def depth(self) -> dict[PriorityClass, Depth]:
         """Backlog by class, of the whole queue and not just this consumer."""
 
     async def ping(self) -> None:
         """Return when the broker answers, raise :class:`QueueUnavailable` when it does not."""
+
+    @property
+    def healthy(self) -> bool:
+        """False when this object hangs and only a new process can go on; not while the broker is merely away."""
 
     async def close(self) -> None:
         """Stop pulling and hand unfinished deliveries back to other consumers. Idempotent."""

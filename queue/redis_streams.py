@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from typing import Any
 
 from penstock.queue.dead_letters import DeadLetter
@@ -58,6 +58,7 @@ class RedisStreamsQueue:
         self._pull = self._client.register_script(script("queue_pull"))
         self._settle = self._client.register_script(script("queue_settle"))
         self._depth = self._client.register_script(script("queue_depth"))
+        self._forgotten = self._client.register_script(script("queue_forgotten"))
         self._enter = self._client.register_script(script("queue_join"))
         self._leave = self._client.register_script(script("queue_leave"))
         self._outbox: list[tuple[int, int, bytes, asyncio.Future[None]]] = []
@@ -81,7 +82,8 @@ class RedisStreamsQueue:
         await self._join()
         await _finish(self._read(budget))
         while not (deliveries := await self._intake.take(budget, self._bury)):
-            if not await self._arrival():
+            await self._arrival()
+            if not self._intake.offers(budget):
                 await _finish(self._read(budget))
         return deliveries
 
@@ -105,6 +107,12 @@ class RedisStreamsQueue:
             found: Any = await self._client.xrange(self._dead, count=limit)
         return [_dead_letter(entry_id.decode(), fields) for entry_id, fields in found]
 
+    async def drop_dead_letters(self, ids: Collection[str]) -> int:
+        """Delete them from their stream."""
+        async with answering():
+            dropped: Any = await self._client.xdel(self._dead, *ids) if ids else 0
+        return int(dropped)
+
     async def depth(self) -> dict[PriorityClass, Depth]:
         """Exact, read in one script call."""
         async with answering():
@@ -118,6 +126,11 @@ class RedisStreamsQueue:
         """Return when Redis answers."""
         async with answering():
             await self._client.ping()
+
+    @property
+    def healthy(self) -> bool:
+        """Always: every call here has a time-out."""
+        return True
 
     async def close(self) -> None:
         """Give up the lease; the other consumers adopt what was not finished."""
@@ -170,15 +183,15 @@ class RedisStreamsQueue:
     async def _read(self, budget: Budget) -> None:
         """Bring from the server what fits the budget beside what waits here already."""
         adopt = time.monotonic() >= self._next_adoption
-        held = [number for row in self._intake.held() for number in row]
+        if adopt:
+            await self._recall()
+        limits = [number for rank, row in enumerate(self._intake.held()) for number in (*budget.bound(rank), *row)]
         args: list[str | int] = [
             GROUP,
             self._consumer,
             self._leases,
-            budget.requests,
-            budget.tokens,
             int(adopt),
-            *held,
+            *limits,
         ]
         async with answering():
             adopted, *rows = await self._pull(keys=self._streams, args=args)
@@ -186,27 +199,44 @@ class RedisStreamsQueue:
             self._next_adoption = time.monotonic() + ADOPT_EVERY_S
         self._intake.put(self._entry(rank, entry_id, fields, count) for rank, entry_id, fields, count in rows)
 
+    async def _recall(self) -> None:
+        """Take up again what the server says is ours and we do not know of."""
+        async with answering():
+            rows = await self._forgotten(keys=self._streams, args=[GROUP, self._consumer, *self._intake.counts()])
+        for rank, entry_id, count in rows:
+            stream, name = self._streams[rank], entry_id.decode()
+            if not self._intake.knows((stream, rank, name)):
+                async with answering():
+                    found: Any = await self._client.xrange(stream, name, name)
+                self._intake.put(self._entry(rank, entry_id, fields, count + 1) for _, fields in found)
+
     async def _bury(self, entry: Entry, reason: str) -> None:
         await self._finish_entries([entry], reason)
 
-    async def _arrival(self) -> bool:
-        """Wait until an entry arrives or is given back; False when none did for a while."""
+    async def _arrival(self) -> None:
+        """Wait until an entry arrives or is given back, or none did for a while."""
         reader = self._reader = self._reader or asyncio.create_task(self._block())
         if not reader.done():
             await self._intake.changed()
         if reader.done():
             self._reader = None
             reader.result()
-        return self._intake.ready
 
     async def _block(self) -> None:
-        """Wait at the server. A task of its own: a read that is cancelled half-way would lose what it was given."""
+        """Wait at the server. A task of its own: a read that is cancelled half-way would lose what it was given.
+
+        Only for classes of which nothing waits here, so that a class no budget has room for is not piled up here.
+        """
+        streams = [stream for stream, held in zip(self._streams, self._intake.held(), strict=True) if not held.requests]
         try:
+            if not streams:
+                await asyncio.sleep(BLOCK_S)
+                return
             async with answering(BLOCK_S + COMMAND_TIMEOUT_S):
                 reply: Any = await self._blocking_client.xreadgroup(
                     GROUP,
                     self._consumer,
-                    dict.fromkeys(self._streams, ">"),
+                    dict.fromkeys(streams, ">"),
                     count=1,
                     block=int(BLOCK_S * 1000),
                 )

@@ -6,6 +6,7 @@ call, so work is never given to a replica whose lease has run out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import msgspec
@@ -40,6 +41,8 @@ class Replica(msgspec.Struct, frozen=True):
     running: int = 0
     waiting: int = 0
     kv_used: int = 0
+    draining: bool = False
+    """It finishes what it has, and takes no more."""
 
 
 _decoder = msgspec.msgpack.Decoder(Replica)
@@ -57,6 +60,7 @@ class Lease:
         self._id = replica_id
         self._key = f"{settings.namespace}replica:{replica_id}"
         self._inbox = f"{settings.namespace}inbox:{replica_id}"
+        self._left = f"{settings.namespace}left:{replica_id}"
         self._members = _members(settings)
 
     def renew(self, replica: Replica) -> None:
@@ -69,8 +73,10 @@ class Lease:
             pipeline.execute()
 
     def end(self) -> None:
-        """Give the lease back at once, so that dispatchers need not wait for it to run out."""
+        """Give the lease back at once, so that dispatchers need not wait for it to run out; what still runs is taken
+        from it without counting as its victim."""
         pipeline = self._client.pipeline(transaction=False)
+        pipeline.set(self._left, 1, px=int(INBOX_S * 1000))
         pipeline.delete(self._key, self._inbox)
         pipeline.srem(self._members, self._id)
         with store_errors():
@@ -99,6 +105,12 @@ class Registry:
                 await self._forget(dead)
         replicas = [_decoder.decode(value) for value in values if value is not None]
         return {replica.id: replica for replica in replicas}
+
+    async def departed(self, ids: Sequence[str]) -> set[str]:
+        """Those among the gone that gave their lease back, and did not die."""
+        with store_errors():
+            values = cast("list[bytes | None]", await self._client.mget([f"{self._ns}left:{id_}" for id_ in ids]))
+        return {id_ for id_, value in zip(ids, values, strict=True) if value is not None}
 
     async def _forget(self, dead: list[str]) -> None:
         pipeline = self._client.pipeline(transaction=False)

@@ -11,7 +11,9 @@ The log is the truth and the message only a hint that carries the data: a reader
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple, cast
 
@@ -32,6 +34,7 @@ class Append(msgspec.Struct, array_like=True, frozen=True):
     """One request's share of a step.
 
     ``frame`` and ``work`` are encoded, as :func:`lua_string`; ``hand_over`` names the decode replica for ``work``.
+    ``back`` gives the request back to its dispatcher instead, with the kind of event that tells why.
     """
 
     id: str
@@ -42,24 +45,27 @@ class Append(msgspec.Struct, array_like=True, frozen=True):
     final: bool
     hand_over: str | None = None
     work: msgspec.Raw | None = None
+    fence: int = 0
+    back: str | None = None
 
 
 class AppendStatus(StrEnum):
-    """What became of an append. Everything but OK and LOST (which handed over to nobody) tells the engine to drop the
-    request; DONE because it was ended from outside, or because this append was sent twice."""
+    """What became of an append. Everything but OK and LOST (nobody has the request now) tells the engine to drop the
+    request; DONE because it was ended from outside, or because this append was sent twice; GAP because the log lost
+    more than the writer could append again."""
 
     OK = "ok"
     DONE = "done"
     STALE = "stale"
     GAP = "gap"
-    GONE = "gone"
     LOST = "lost"
 
 
 class Dispatch(NamedTuple):
     """One request for one replica's inbox; ``next`` is how many tokens of it the dispatcher has seen in the log.
 
-    ``force`` takes it away from a replica that still looks alive.
+    ``force`` takes it away from a replica that still looks alive. ``attempt`` and ``deaths`` are those the dispatcher
+    knows of; with deaths behind it, it is under suspicion until the log holds ``probation`` tokens.
     """
 
     id: str
@@ -69,6 +75,9 @@ class Dispatch(NamedTuple):
     work: msgspec.Raw
     tenant: str
     force: bool = False
+    attempt: int = 0
+    deaths: int = 0
+    probation: int = 0
 
 
 class DispatchStatus(StrEnum):
@@ -83,18 +92,24 @@ class DispatchStatus(StrEnum):
 
 
 class Dispatched(NamedTuple):
-    """Answer to a :class:`Dispatch`: who runs which attempt, how many tokens the log holds, and how many replicas were
-    given the request so far."""
+    """Answer to a :class:`Dispatch`: who runs which attempt, how many tokens the log holds, how many replicas were
+    given the request so far, and how many of them ended or failed with it."""
 
     status: DispatchStatus
     attempt: int
     next: int
     replica: str
     runs: int
+    deaths: int = 0
 
 
 RESENDS = 2
 """A restarted Redis costs two: one for the closed connection, one for the script it has forgotten."""
+KEEP_S = 5.0
+"""What was appended in this time is appended again over a new connection. ``appendfsync everysec`` may lose two seconds
+(one, and one more while the disk is slow)."""
+REFILL_BATCH = 2000
+"""Entries appended again in one call: some ten milliseconds of Redis."""
 _STATUSES = {status.value.encode(): status for status in AppendStatus}
 
 
@@ -103,40 +118,70 @@ class TokenWriter:
 
     Holds a connection of its own and speaks to it directly: the client's pool, retries and callbacks would double the
     time per step for which the interpreter is kept from the engine.
+
+    A connection that broke may mean that Redis restarted without its last second. So over a new one the appends of
+    the last :data:`KEEP_S` come first; they change nothing where nothing was lost.
+
+    Args:
+        replica: the replica that writes, to be adopted by dispatchers where the log lost its dispatch.
     """
 
-    def __init__(self, client: redis.Redis, settings: RedisSettings) -> None:
+    def __init__(self, client: redis.Redis, settings: RedisSettings, replica: str = "") -> None:
         self._connection: Any = client.connection_pool.make_connection()  # redis-py leaves it untyped
         self._script = script("append")
         self._sha = hashlib.sha1(self._script.encode()).hexdigest()
         self._head = (settings.namespace, settings.retention_s * 1000, settings.lifetime_s * 1000)
+        self._replica = replica
+        self._kept: deque[tuple[float, Sequence[Append]]] = deque()
+        self._missing: list[Append] = []
 
     def append(self, entries: Sequence[Append]) -> list[AppendStatus]:
-        """Append a step (or several, coalesced, in order).
+        """Append a step (or several, coalesced, in order). Without entries: look whether the log is still there.
 
         Raises:
             StoreUnavailable: Redis did not answer. Whether the step was stored is unknown; appending it again is
                 safe: what is there already is left as it is.
         """
+        if not entries and not self._kept:
+            return []
         with store_errors():
-            answer = self._call("EVALSHA", self._sha, 0, *self._head, encode(entries))
-        return [_STATUSES[status] for status in cast(list[bytes], answer)]
+            answer = self._call(entries)
+        self._keep(entries)
+        return [_STATUSES[status] for status in answer]
 
     def close(self) -> None:
         """Close the connection."""
         self._connection.disconnect()
 
-    def _call(self, *command: str | bytes | int) -> Any:
+    def _keep(self, entries: Sequence[Append]) -> None:
+        now = time.monotonic()
+        self._kept.append((now, entries))
+        while self._kept and self._kept[0][0] < now - KEEP_S:
+            self._kept.popleft()
+        if not any(kept for _, kept in self._kept):
+            self._kept.clear()
+
+    def _call(self, entries: Sequence[Append]) -> list[bytes]:
         """Send it, again over a new connection or to a Redis that has yet to learn the script: sending an append twice
         does no harm."""
         for _ in range(RESENDS):
             try:
-                return self._exchange(*command)
+                return self._send(entries)
             except redis.exceptions.NoScriptError:
                 self._exchange("SCRIPT", "LOAD", self._script)
             except redis.ConnectionError as error:
                 log.info("token_log_reconnects", error=str(error))
-        return self._exchange(*command)
+        return self._send(entries)
+
+    def _send(self, entries: Sequence[Append]) -> list[bytes]:
+        while self._missing:
+            self._evaluate(self._missing[:REFILL_BATCH])
+            del self._missing[:REFILL_BATCH]
+        return self._evaluate(entries)
+
+    def _evaluate(self, entries: Sequence[Append]) -> list[bytes]:
+        answer = self._exchange("EVALSHA", self._sha, 0, *self._head, encode(entries), self._replica)
+        return cast(list[bytes], answer)
 
     def _exchange(self, *command: str | bytes | int) -> Any:
         """One command and its answer; the connection opens itself, again after an error."""
@@ -145,6 +190,7 @@ class TokenWriter:
             return self._connection.read_response()
         except (redis.ConnectionError, redis.TimeoutError):
             self._connection.disconnect()
+            self._missing = [entry for _, kept in self._kept for entry in kept]
             raise
 
 
@@ -159,14 +205,15 @@ class RequestLog:
         self._dispatch = client.register_script(script("dispatch"))
         self._finish = client.register_script(script("finish"))
         self._cancel = client.register_script(script("cancel"))
+        self._reset = client.register_script(script("reset"))
 
     async def dispatch(self, dispatcher: str, entries: Sequence[Dispatch]) -> list[Dispatched]:
         """Take the next attempt for each and put the work into its replica's inbox, all in one call."""
         with store_errors():
             answer = await self._dispatch(args=(self._ns, self._lifetime_ms, dispatcher, encode(entries)))
         return [
-            Dispatched(DispatchStatus(status.decode()), attempt, next_, replica.decode(), runs)
-            for status, attempt, next_, replica, runs in answer
+            Dispatched(DispatchStatus(status.decode()), attempt, next_, replica.decode(), runs, deaths)
+            for status, attempt, next_, replica, runs, deaths in answer
         ]
 
     async def finish(self, entries: Iterable[tuple[str, str, Frame]]) -> list[bool]:
@@ -181,33 +228,43 @@ class RequestLog:
         with store_errors():
             return int(await self._cancel(args=(self._ns, self._lifetime_ms, encode(ids))))
 
-    async def read(self, request_id: str, skip: int = 0) -> list[Frame]:
-        """Frames of one request in order, without the first ``skip`` frames; empty when it is unknown or expired."""
+    async def reset(self, ids: Sequence[str]) -> None:
+        """Forget what became of these, so that they can be published again and run from the beginning."""
         with store_errors():
-            frames = cast(list[bytes], await self._client.lrange(f"{self._ns}tok:{request_id}", skip, -1))
+            await self._reset(args=(self._ns, self._lifetime_ms, encode(ids)))
+
+    async def read(self, request_id: str, skip: int = 0, limit: int = 0) -> list[Frame]:
+        """Frames of one request in order, at most ``limit`` (0: all) after the first ``skip``; empty when it is unknown
+        or expired."""
+        key, last = f"{self._ns}tok:{request_id}", skip + limit - 1 if limit else -1
+        with store_errors():
+            frames = cast(list[bytes], await self._client.lrange(key, skip, last))
         return [decode_frame(frame) for frame in frames]
 
-    async def states(self, ids: Sequence[str]) -> list[Event]:
-        """Where each of these stands, as events, for a dispatcher that may have missed the messages.
+    async def states(self, attempts: Mapping[str, int]) -> list[Event]:
+        """Where each of these requests stands, as events, for a dispatcher that may have missed the messages.
 
-        Ask only for requests that were dispatched. One that is between two replicas has no event.
+        Ask only for requests that were dispatched, with the attempt that is known: one that Redis knows less of is
+        GONE. One that is between two replicas has no event.
         """
         pipeline = self._client.pipeline(transaction=False)
-        for request_id in ids:
+        for request_id in attempts:
             pipeline.hmget(f"{self._ns}req:{request_id}", "attempt", "done", "lost", "replica")
         with store_errors():
             answer = await pipeline.execute()
         return [
             Event(request_id, kind, int(fields[0] or 0), (fields[3] or b"").decode())
-            for request_id, fields in zip(ids, answer, strict=True)
-            if (kind := _state(*fields)) is not None
+            for (request_id, known), fields in zip(attempts.items(), answer, strict=True)
+            if (kind := _state(known, *fields)) is not None
         ]
 
 
-def _state(attempt: bytes | None, done: bytes | None, lost: bytes | None, replica: bytes | None) -> EventKind | None:
+def _state(
+    known: int, attempt: bytes | None, done: bytes | None, lost: bytes | None, replica: bytes | None
+) -> EventKind | None:
     if done is not None:
         return EventKind.DONE
-    if attempt is None:
+    if attempt is None or int(attempt) < known:
         return EventKind.GONE
     if lost is not None:
         return EventKind.LOST

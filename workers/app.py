@@ -23,14 +23,17 @@ from ray.serve.handle import DeploymentHandle
 from penstock.queue.logs import configure_logging
 from penstock.queue.settings import ModelSettings, QueueSettings, RedisSettings
 from penstock.workers.dispatch_process import run_dispatcher
+from penstock.workers.engine_process import engine_environment
 from penstock.workers.replica import EngineReplica
-from penstock.workers.settings import CPU_ENVIRONMENT, WorkerSettings
+from penstock.workers.settings import WorkerSettings
 
 APPLICATION = "penstock"
 HEALTH_PERIOD_S = 2
 """How often Serve looks at a replica; a killed process it notices by itself."""
-GRACE_S = 30
-"""Time a replica gets to end by itself when Serve takes it down."""
+DISPATCHER_GRACE_S = 10
+"""A dispatcher has nothing to finish: it hands its deliveries to the others, which takes one call to the broker."""
+BEYOND_GRACE_S = 5
+"""After its grace a replica stops its threads and frees the device."""
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 """Ray's minimum, nearly: neither requests nor tokens nor KV caches pass through the object store."""
 RAY_START_TRIES = 3
@@ -63,24 +66,6 @@ class DispatcherReplica:
             await self._running
 
 
-def engine_environment(model: ModelSettings) -> dict[str, str]:
-    """Environment of engine processes; what the operator has set already stays."""
-    wanted = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
-    if not _has_gpu():
-        wanted |= CPU_ENVIRONMENT
-    if os.path.isdir(model.path):
-        wanted["HF_HUB_OFFLINE"] = "1"
-    return {name: os.environ.get(name, value) for name, value in wanted.items()}
-
-
-def _has_gpu() -> bool:
-    return os.path.exists("/dev/nvidiactl")
-
-
 def build_app(queue: QueueSettings, redis: RedisSettings, model: ModelSettings, workers: WorkerSettings) -> Application:
     """The application: a dispatcher deployment, and one deployment per role of engine."""
     counts = {"prefill": workers.prefill, "decode": workers.decode, "mixed": workers.mixed}
@@ -90,7 +75,7 @@ def build_app(queue: QueueSettings, redis: RedisSettings, model: ModelSettings, 
         name="dispatcher",
         num_replicas=workers.dispatchers,
         health_check_period_s=HEALTH_PERIOD_S,
-        graceful_shutdown_timeout_s=GRACE_S,
+        graceful_shutdown_timeout_s=DISPATCHER_GRACE_S,
         ray_actor_options={"num_cpus": 0},
     )
     return dispatcher.bind(queue, redis, model, workers, engines)
@@ -102,7 +87,7 @@ def _engines(role: str, count: int, redis: RedisSettings, model: ModelSettings, 
         name=role,
         num_replicas=count,
         health_check_period_s=HEALTH_PERIOD_S,
-        graceful_shutdown_timeout_s=GRACE_S,
+        graceful_shutdown_timeout_s=workers.drain_grace_s + BEYOND_GRACE_S,
         ray_actor_options={
             "num_cpus": workers.cpus_per_replica,
             "num_gpus": workers.gpus_per_replica,

@@ -7,6 +7,7 @@ queue once its end is in the token log. It holds no state that a successor could
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 
@@ -23,15 +24,14 @@ from penstock.queue.errors import (
     TransientError,
 )
 from penstock.queue.mailbox import Mailbox
-from penstock.queue.messages import TERMINAL, Event, EventKind, Finish, Frame, StreamError, decode_events
-from penstock.queue.protocol import Budget, Delivery, RequestQueue
-from penstock.queue.records import now_ms
-from penstock.queue.registry import Registry
+from penstock.queue.messages import TERMINAL, Event, EventKind, Finish, Frame, Stage, StreamError, decode_events
+from penstock.queue.protocol import Bound, Budget, Delivery, RequestQueue
+from penstock.queue.records import PriorityClass, now_ms
+from penstock.queue.registry import LEASE_S, Registry
 from penstock.queue.settings import RedisSettings
 from penstock.queue.token_log import Dispatched, DispatchStatus, RequestLog, emitted_tokens
 from penstock.workers.errand import Errand
 from penstock.workers.routing import Router
-from penstock.workers.sampling import continuable
 from penstock.workers.settings import WorkerSettings
 
 MAX_BATCH = 128
@@ -45,11 +45,9 @@ REPORT_S = 1.0
 """How often the backlog is published; admission is a safety net, and the autoscaler thinks in tens of seconds."""
 OUTAGE_PAUSE_S = 0.2
 """Pause before a loop that met an unavailable broker or Redis tries again."""
+AMNESTY_S = LEASE_S
+"""After Redis was away all leases have run out. Nobody is taken for dead before they could be renewed."""
 
-INTERRUPTED = (
-    "the engine died after {} tokens and this request's sampling parameters do not allow continuing exactly; "
-    "send it again"
-)
 TRUNCATED = "the token log was lost while the request ran; send it again"
 
 log = structlog.get_logger()
@@ -81,6 +79,8 @@ class Dispatcher:
         self._errands: dict[str, Errand] = {}
         self._waiting: dict[str, Errand] = {}
         self._uncompleted: list[Errand] = []
+        self._judging_from = 0.0
+        self._in_doubt = False
         self._room = asyncio.Event()
         self._retry = asyncio.Event()
 
@@ -96,19 +96,48 @@ class Dispatcher:
     # -- queue to engines
 
     async def _pull(self) -> None:
-        """New work, as much as there is room for; none while older work still waits for a replica."""
+        """New work, as much as there is room for; anew whenever there is room for a class that there was none for."""
         while True:
             self._room.clear()
-            requests, tokens = (0, 0) if self._waiting else self._router.room()
-            if requests <= 0:
-                await self._room.wait()
-                continue
+            bounds = self._bounds()
+            pulling = asyncio.create_task(self._pull_within(bounds)) if bounds[0].requests > 0 else None
             try:
-                for delivery in await self._queue.pull(Budget(min(requests, MAX_BATCH), max(1, tokens))):
-                    self._admit(delivery)
-            except TransientError as error:
-                log.warning("pull_paused", error=str(error))
-                await asyncio.sleep(OUTAGE_PAUSE_S)
+                await self._until_more_room(bounds, pulling)
+            finally:
+                if pulling is not None:
+                    pulling.cancel()
+                    await asyncio.wait({pulling})
+
+    async def _until_more_room(self, bounds: tuple[Bound, ...], pulling: asyncio.Task[None] | None) -> None:
+        """Return when the pull is done, or may bring a class that it could not when it began."""
+        while True:
+            room = asyncio.create_task(self._room.wait())
+            await asyncio.wait({room, pulling} if pulling else {room}, return_when=asyncio.FIRST_COMPLETED)
+            room.cancel()
+            if pulling is not None and pulling.done():
+                pulling.result()
+                return
+            self._room.clear()
+            if any(now.requests > 0 >= then.requests for now, then in zip(self._bounds(), bounds, strict=True)):
+                return
+
+    def _bounds(self) -> tuple[Bound, ...]:
+        """Room by class. None for a class of which older work still waits for a replica, and for those below it."""
+        waiting = [errand.rank for errand in self._waiting.values() if self._wants_room(errand)]
+        first = min(waiting, default=len(PriorityClass))
+        return tuple(room if rank < first else Bound(0, 0) for rank, room in enumerate(self._router.room()))
+
+    def _wants_room(self, errand: Errand) -> bool:
+        return errand.ready and not self._router.isolated(errand)
+
+    async def _pull_within(self, bounds: tuple[Bound, ...]) -> None:
+        most = bounds[0]
+        try:
+            for delivery in await self._queue.pull(Budget(min(most.requests, MAX_BATCH), max(1, most.tokens), bounds)):
+                self._admit(delivery)
+        except TransientError as error:
+            log.warning("pull_paused", error=str(error))
+            await asyncio.sleep(OUTAGE_PAUSE_S)
 
     def _admit(self, delivery: Delivery) -> None:
         known = self._errands.get(delivery.record.id)
@@ -125,7 +154,9 @@ class Dispatcher:
             self._retry.clear()
             try:
                 await self._expire(list(self._waiting.values()))
-                placed = self._place(sorted(self._waiting.values(), key=Errand.urgency))
+                await self._condemn(list(self._waiting.values()))
+                ready = [errand for errand in self._waiting.values() if errand.ready]
+                placed = self._place(sorted(ready, key=Errand.urgency))
                 self._room.set()
                 await self._dispatch(placed)
             except TransientError as error:
@@ -151,7 +182,6 @@ class Dispatcher:
             raise
         for errand, answer in zip(placed, answers, strict=True):
             errand.attempt = max(errand.attempt, answer.attempt)
-            errand.runs = answer.runs
             if not errand.ended and errand.id not in self._waiting:
                 await self._answered(errand, answer)
 
@@ -159,6 +189,7 @@ class Dispatcher:
         if answer.status is DispatchStatus.OK:
             errand.force = False
         elif answer.status is DispatchStatus.ADOPTED:
+            errand.deaths = answer.deaths
             self._router.move(errand, answer.replica)
         else:
             try:
@@ -173,20 +204,20 @@ class Dispatcher:
         elif answer.status is DispatchStatus.CANCELLED:
             await self._end(errand, Frame(TERMINAL, [], finish=Finish.ABORT))
         elif answer.status is DispatchStatus.EMITTED:
-            await self._go_on(errand, answer.next)
+            await self._go_on(errand, answer)
         else:
             self._router.close(errand.target)
             self._wait(errand)
 
-    async def _go_on(self, errand: Errand, emitted: int) -> None:
-        """Tokens were delivered by an engine that is gone: the next one continues after them."""
+    async def _go_on(self, errand: Errand, answer: Dispatched) -> None:
+        """It ran before: the next engine goes on after what was delivered, knowing what happened to the last."""
         errand.emitted = emitted_tokens(await self._log.read(errand.id))
-        if len(errand.emitted) != emitted:
+        if answer.deaths != errand.deaths:
+            errand.suspect(answer.deaths)
+        if len(errand.emitted) != answer.next:
             await self._fail(errand, StreamInterrupted(TRUNCATED))
-        elif continuable(errand.record.sampling):
-            self._wait(errand)
         else:
-            await self._fail(errand, StreamInterrupted(INTERRUPTED.format(emitted)))
+            self._wait(errand)
 
     def _wait(self, errand: Errand) -> None:
         """Let it wait for a replica, unless it has ended meanwhile."""
@@ -200,43 +231,66 @@ class Dispatcher:
     async def _follow(self) -> None:
         async for payload in self._mailbox.messages():
             try:
-                await self._handle(decode_events(payload) if payload is not None else await self._missed())
+                await self._handle(decode_events(payload) if payload is not None else await self._reconnected())
             except TransientError as error:
                 log.warning("event_delayed", error=str(error))
 
+    async def _reconnected(self) -> list[Event]:
+        self._redis_was_away()
+        return await self._missed()
+
+    def _redis_was_away(self) -> None:
+        self._judging_from = time.monotonic() + AMNESTY_S
+        self._in_doubt = True
+
+    @property
+    def _judging(self) -> bool:
+        """Whether what Redis does not know is gone; not while replicas may still have to tell it again."""
+        return time.monotonic() >= self._judging_from
+
     async def _missed(self) -> list[Event]:
-        """Where our dispatched requests stand, whatever messages were lost."""
-        ids = [errand.id for errand in self._errands.values() if errand.attempt]
-        return await self._log.states(ids) if ids else []
+        """Where our dispatched requests stand, whatever messages were lost, and whatever Redis lost."""
+        attempts = {errand.id: errand.attempt for errand in self._errands.values() if errand.attempt}
+        return await self._log.states(attempts) if attempts else []
 
     async def _handle(self, events: list[Event]) -> None:
         known = [(errand, event) for event in events if (errand := self._errands.get(event.id)) is not None]
         await self._complete([errand for errand, event in known if event.kind is EventKind.DONE])
         for errand, event in known:
-            if not errand.ended:
-                await self._moved(errand, event)
+            if not errand.ended and errand.target:
+                self._moved(errand, event)
         self._wake()
 
-    async def _moved(self, errand: Errand, event: Event) -> None:
+    def _moved(self, errand: Errand, event: Event) -> None:
         """It did not end, but may no longer be where it was. What an older attempt says is void."""
         if event.kind is EventKind.GONE:
-            await self._fail(errand, StreamInterrupted(TRUNCATED))
-        elif event.attempt < errand.attempt or not errand.target:
+            if self._judging:
+                self._again(errand, "Redis has lost its state")
+        elif event.attempt < errand.attempt:
             return
         elif event.kind is EventKind.PREFILLED:
-            self._router.move(errand, event.replica)
+            source = errand.target if errand.stage is Stage.PREFILL else ""
+            if errand.target != event.replica:
+                self._router.move(errand, event.replica)
+                errand.source = source
+        elif event.kind is EventKind.LOADED:
+            errand.source = ""
+        elif event.kind is EventKind.CLEARED:
+            errand.clear()
+            self._router.clear(errand)
         elif event.kind is EventKind.LOST:
             self._router.close(errand.decode)
-            await self._again(errand, "the decode replica was gone at the hand-over")
+            self._again(errand, "nobody has it")
+        elif event.kind is EventKind.FAILED:
+            errand.avoid |= {errand.target}
+            self._again(errand, f"{errand.target} failed on it", deaths=1)
 
-    async def _again(self, errand: Errand, why: str) -> None:
-        """Dispatch it anew."""
-        log.warning("redispatch", request_id=errand.id, attempt=errand.attempt, why=why)
-        errand.force = True
-        if errand.runs >= self._workers.max_attempts:
-            await self._give_up(errand)
-        else:
-            self._wait(errand)
+    def _again(self, errand: Errand, why: str, deaths: int = 0) -> None:
+        """Dispatch it anew. Only what a replica may have died or failed of counts against a request."""
+        log.warning("redispatch", request_id=errand.id, attempt=errand.attempt, deaths=errand.deaths + deaths, why=why)
+        if deaths:
+            errand.suspect(errand.deaths + deaths)
+        self._wait(errand)
 
     # -- leases and deadlines
 
@@ -246,15 +300,19 @@ class Dispatcher:
             try:
                 await self._refresh()
                 turn += 1
-                if turn % RECONCILE_EVERY == 0:
+                if turn % RECONCILE_EVERY == 0 or (self._in_doubt and self._judging):
+                    self._in_doubt = False
                     await self._handle(await self._missed())
             except TransientError as error:
+                self._redis_was_away()
                 log.warning("refresh_failed", error=str(error))
             await asyncio.sleep(REFRESH_S)
 
     async def _report(self) -> None:
-        """Publish the backlog for admission and autoscaling."""
+        """Publish the backlog for admission and autoscaling; end a process whose queue client hangs."""
         while True:
+            if not self._queue.healthy:
+                raise RuntimeError("the queue's client hangs")
             try:
                 await write_backlog(self._client, self._settings, self._pool, await self._queue.depth())
             except TransientError as error:
@@ -263,13 +321,23 @@ class Dispatcher:
 
     async def _refresh(self) -> None:
         alive = await self._registry.alive()
-        self._router.refresh(replica for replica in alive.values() if replica.pool == self._pool)
-        for errand in list(self._errands.values()):
-            if replica_id := self._router.dead(errand):
-                await self._again(errand, f"replica {replica_id} died")
+        ours = [replica for replica in alive.values() if replica.pool == self._pool]
+        self._router.refresh(ours, keep=not self._judging)
+        await self._leave_the_gone()
         await self._expire(list(self._errands.values()))
         await self._complete(self._uncompleted)
         self._wake()
+
+    async def _leave_the_gone(self) -> None:
+        gone = {errand: id_ for errand in self._errands.values() if (id_ := self._router.dead(errand))}
+        departed = await self._registry.departed(sorted(set(gone.values()))) if gone else set()
+        for errand, replica_id in gone.items():
+            if errand.ended or self._router.dead(errand) != replica_id:
+                continue
+            ran_there = replica_id == errand.target
+            errand.force = not ran_there  # its prefill replica computes for nobody, or its decode replica waits for it
+            died = ran_there and replica_id not in departed
+            self._again(errand, f"replica {replica_id} {'died' if died else 'is gone'}", deaths=int(died))
 
     async def _expire(self, errands: Iterable[Errand]) -> None:
         now = now_ms()
@@ -285,11 +353,17 @@ class Dispatcher:
 
     # -- ends
 
+    async def _condemn(self, errands: Iterable[Errand]) -> None:
+        """Give up on what too many replicas died or failed with."""
+        for errand in errands:
+            if errand.deaths >= self._workers.max_attempts:
+                await self._give_up(errand)
+
     async def _give_up(self, errand: Errand) -> None:
-        error = EngineFailed(f"{errand.runs} replicas died while running this request")
-        await self._log.finish([(errand.id, errand.record.reply_to, _frame(error))])
+        error = EngineFailed(f"{errand.deaths} replicas died while running this request")
         for delivery in errand.deliveries:
             await self._queue.dead_letter(delivery, str(error))
+        await self._log.finish([(errand.id, errand.record.reply_to, _frame(error))])
         self._forget(errand)
 
     async def _fail(self, errand: Errand, error: PenstockError) -> None:
@@ -318,6 +392,9 @@ class Dispatcher:
         self._errands.pop(errand.id, None)
         self._waiting.pop(errand.id, None)
         self._router.give_back(errand)
+        copies, errand.deliveries = errand.deliveries[1:], errand.deliveries[:1]
+        for delivery in copies:  # perhaps published because this end was taken back: dispatching it will tell
+            self._admit(delivery)
         self._wake()
 
 

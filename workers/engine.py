@@ -14,6 +14,13 @@ import msgspec
 from penstock.queue.messages import Finish, Logprobs, Stage, StreamError, Usage
 from penstock.queue.records import Record
 
+KV_LEASE_S = 30
+"""A prefill engine keeps KV that nobody reads this long; a decode engine that waits to read it renews the lease by
+heartbeats. vLLM's default for NIXL, set explicitly."""
+KV_TRUST_S = 20.0
+"""A hand-over is used within this time, else the KV is computed again: what is left of the lease covers the first
+heartbeat, five seconds later, and clocks that differ."""
+
 
 class EngineInfo(msgspec.Struct, frozen=True):
     """What a dispatcher must know of an engine to keep it full and never overfull."""

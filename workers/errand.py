@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import time
+
 import msgspec
 
 from penstock.queue.messages import Run, Stage, encode, lua_string
@@ -9,14 +12,22 @@ from penstock.queue.protocol import Delivery
 from penstock.queue.records import Record, encode_record
 from penstock.queue.token_log import Dispatch
 from penstock.workers.placement import ANSWER_RESERVE_TOKENS
+from penstock.workers.sampling import continuable
+
+PROBATION_TOKENS = 16
+"""A request that replicas died with is cleared when it has got this many tokens further. A prefill replica's first
+token is not enough: what kills decode replicas would never be found out."""
+BACKOFF_S = 0.25
+"""Pause before the third try, doubled with each further one. The second comes at once: most deaths are a machine's."""
 
 
 class Errand:
     """A request on loan from the queue, where it is, and what is known of its progress.
 
     ``deliveries`` are several when the queue delivered it again, or holds it twice. ``target`` is the replica whose
-    inbox gets it; ``decode`` the replica that generates (the same, unless it goes through the prefill pool first). Both
-    are empty while it waits. ``runs`` counts the replicas it was given to.
+    inbox gets it; ``decode`` the replica that generates (the same, unless it goes through the prefill pool first);
+    ``source`` the prefill replica whose KV cache ``decode`` has yet to read. All are empty while it waits. ``deaths``
+    counts the replicas that died or failed with it since it last got on well; those that failed are in ``avoid``.
     """
 
     def __init__(self, delivery: Delivery) -> None:
@@ -24,12 +35,16 @@ class Errand:
         self.deliveries = [delivery]
         self.emitted: list[int] = []
         self.attempt = 0
-        self.runs = 0
+        self.deaths = 0
+        self.avoid: set[str] = set()
         self.force = False
         self.ended = False
         self.stage = Stage.WHOLE
         self.target = ""
         self.decode = ""
+        self.source = ""
+        self._not_before = 0.0
+        self._continuable = continuable(self.record.sampling)
         self._encoded = encode_record(_for_engine(self.record))
 
     @property
@@ -38,27 +53,70 @@ class Errand:
         return self.record.id
 
     @property
+    def replay(self) -> bool:
+        """Whether an engine must produce again what was emitted: it cannot tell its sampling state from tokens."""
+        return bool(self.emitted) and not self._continuable
+
+    @property
+    def given(self) -> int:
+        """Emitted tokens that an engine takes as part of its prompt."""
+        return 0 if self.replay else len(self.emitted)
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens the engine has to prefill."""
-        return self.record.num_tokens + len(self.emitted)
+        return self.record.num_tokens + self.given
+
+    @property
+    def left_tokens(self) -> int:
+        """Tokens the engine may generate."""
+        return self.record.max_tokens - self.given
 
     @property
     def kv_tokens(self) -> int:
         """KV cache to reserve: the prompt and a likely answer."""
-        left = self.record.max_tokens - len(self.emitted)
-        return self.prompt_tokens + min(left, ANSWER_RESERVE_TOKENS)
+        return self.prompt_tokens + min(self.left_tokens, ANSWER_RESERVE_TOKENS)
+
+    @property
+    def rank(self) -> int:
+        """Rank of its class; 0 is the most urgent."""
+        return self.record.priority_class.rank
+
+    @property
+    def ready(self) -> bool:
+        """Whether its pause after a failure is over."""
+        return time.monotonic() >= self._not_before
 
     def urgency(self) -> tuple[int, int]:
         """Sort key: class, then age."""
-        return self.record.priority_class.rank, self.record.accepted_ms
+        return self.rank, self.record.accepted_ms
+
+    def suspect(self, deaths: int) -> None:
+        """So many replicas died or failed with it: the more, the longer it waits, and never in step with others."""
+        self.deaths = deaths
+        if deaths > 1:
+            self._not_before = time.monotonic() + BACKOFF_S * 2 ** (deaths - 2) * random.uniform(0.5, 1.5)
+
+    def clear(self) -> None:
+        """It got on well: whatever happened before was not its fault."""
+        self.deaths = 0
+        self.avoid.clear()
 
     def dispatch(self) -> Dispatch:
         """The entry of the dispatch script."""
         hand_over = self.decode if self.stage is Stage.PREFILL else None
-        run = Run(self.id, self.stage, msgspec.Raw(self._encoded), self.emitted, hand_over)
-        record = self.record
+        run = Run(self.id, self.stage, msgspec.Raw(self._encoded), self.emitted, hand_over, replay=self.replay)
         return Dispatch(
-            self.id, len(self.emitted), record.reply_to, self.target, lua_string(encode(run)), record.tenant, self.force
+            self.id,
+            len(self.emitted),
+            self.record.reply_to,
+            self.target,
+            lua_string(encode(run)),
+            self.record.tenant,
+            self.force,
+            self.attempt,
+            self.deaths,
+            len(self.emitted) + PROBATION_TOKENS,
         )
 
 

@@ -18,6 +18,11 @@ from penstock.workers.inbox import Inbox
 from penstock.workers.loop import EngineLoop, fatal
 from penstock.workers.metrics import EngineMetrics
 
+NOTICE_S = 1.0
+"""By then dispatchers have read from the heartbeat that this replica takes nothing more (0.5 s, and 0.25 s to look)."""
+DRAIN_LOOK_S = 0.05
+"""How often a draining replica looks whether it has finished."""
+
 log = structlog.get_logger()
 
 
@@ -33,7 +38,7 @@ class EngineHost:
         self._metrics = metrics
         self._clients = [connect(redis) for _ in range(3)]
         written, read, leased = self._clients
-        self._writer = TokenWriter(written, redis)
+        self._writer = TokenWriter(written, redis, replica.id)
         self._loop = EngineLoop(engine, self._writer, metrics)
         self._inbox = Inbox(read, redis, replica.id, engine, self._loop)
         self._lease = Lease(leased, redis, replica.id)
@@ -47,6 +52,20 @@ class EngineHost:
         self._loop.start()
         self._receiver.start()
         self._heart.start()
+
+    def drain(self, grace_s: float) -> None:
+        """Take nothing more, and return when what runs has ended, or after the grace; then :meth:`stop`.
+
+        What has not been prepared yet goes back to its dispatcher. What still runs after the grace goes on elsewhere,
+        from the token after the last.
+        """
+        log.info("draining", replica=self._replica.id, grace_s=grace_s)
+        deadline = time.monotonic() + grace_s
+        self._inbox.draining = True
+        self._replica = msgspec.structs.replace(self._replica, draining=True)
+        noticed = time.monotonic() + NOTICE_S
+        while time.monotonic() < deadline and not (self._loop.idle and time.monotonic() > noticed):
+            self._ended.wait(DRAIN_LOOK_S)
 
     def leave(self) -> None:
         """Give the lease back, so that dispatchers need not wait for it to run out: they take away what runs here."""

@@ -20,7 +20,7 @@ from penstock.queue.records import decode_record
 from penstock.queue.redis_client import store_errors
 from penstock.queue.settings import RedisSettings
 from penstock.workers.engine import Engine
-from penstock.workers.loop import Admit, Cancel, EngineLoop, Refuse
+from penstock.workers.loop import Admit, Cancel, EngineLoop, GiveBack, Refuse
 from penstock.workers.stream import Stream
 
 BLOCK_S = 2
@@ -30,7 +30,7 @@ RETRY_S = 0.2
 BATCH = 256
 """Entries read at once: more than the largest batch a dispatcher hands over."""
 
-_BROKEN = StreamError("engine_failed", "the engine could not take this request", 500)
+_BROKEN = StreamError("engine_failed", "the engine could not take this request", 500, retryable=True)
 
 log = structlog.get_logger()
 
@@ -47,6 +47,8 @@ class Inbox:
         self._loop = loop
         self._position = b"0"
         self._stopped = threading.Event()
+        self.draining = False
+        """Give new requests back, but for those whose KV cache another replica holds for this one."""
 
     def run(self) -> None:
         """Receive until :meth:`stop`."""
@@ -81,11 +83,14 @@ class Inbox:
         if isinstance(inbound.work, Abort):
             self._loop.submit(Cancel(inbound.work.ids))
         else:
-            self._admit(inbound.work, inbound.attempt)
+            self._admit(inbound.work, inbound.attempt, inbound.fence)
 
-    def _admit(self, run: Run, attempt: int) -> None:
+    def _admit(self, run: Run, attempt: int, fence: int) -> None:
         record = decode_record(bytes(run.record))
-        stream = Stream(run, record, attempt, self._engine.info.block_size)
+        stream = Stream(run, record, attempt, self._engine.info.block_size, fence)
+        if self.draining and stream.stage in (Stage.WHOLE, Stage.PREFILL):
+            self._loop.submit(GiveBack(stream))
+            return
         try:
             prepared: Any = self._engine.prepare(stream.job())
         except RequestError as error:

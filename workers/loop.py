@@ -11,14 +11,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
 
 import structlog
 
 from penstock.queue.errors import StoreUnavailable
-from penstock.queue.messages import Finish, Stage, StreamError
+from penstock.queue.messages import EventKind, Finish, Stage, StreamError
 from penstock.queue.token_log import Append, AppendStatus, TokenWriter
 from penstock.workers.engine import Engine, Output
 from penstock.workers.metrics import EngineMetrics
@@ -28,6 +28,11 @@ TRANSFER_POLL_S = 0.0005
 """Pause between steps that run nothing because KV caches are in flight: lets the transfer threads have the GIL."""
 STORE_RETRY_S = 0.1
 """Pause before a failed append is tried again. Redis restarts take longer; the steps made meanwhile are kept."""
+LOOK_S = 0.5
+"""A writer with nothing to write looks this often whether the log still holds what it wrote."""
+PAUSED_S = 10.0
+"""A loop that had work and did not run for so long (a stopped process) has missed heartbeats to prefill engines: KV it
+has not read yet may be somebody else's by now. Well under the 20 s that one heartbeat buys."""
 
 log = structlog.get_logger()
 
@@ -58,8 +63,15 @@ class Refuse(NamedTuple):
     error: StreamError
 
 
-Item = Admit | Cancel | Forget | Refuse
-Produced = tuple[Stream, Output]
+class GiveBack(NamedTuple):
+    """A request that this replica will not start: it is being drained."""
+
+    stream: Stream
+
+
+Item = Admit | Cancel | Forget | Refuse | GiveBack
+Produced = tuple[Stream, Output | EventKind]
+"""What to append: a step's output, or that the request goes back to its dispatcher and why."""
 
 
 class EngineLoop:
@@ -73,6 +85,8 @@ class EngineLoop:
         self._inbox: SimpleQueue[Item | None] = SimpleQueue()
         self._outbox: SimpleQueue[list[Produced] | None] = SimpleQueue()
         self._streams: dict[str, Stream] = {}
+        self._unread: set[str] = set()
+        self._seen_at = time.monotonic()
         self._threads = [
             Thread(target=fatal(self._run_engine), name="engine", daemon=True),
             Thread(target=fatal(self._run_writer), name="token-writer", daemon=True),
@@ -93,6 +107,11 @@ class EngineLoop:
         """Hand work to the engine thread; called by the inbox thread."""
         self._inbox.put(item)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request runs here. From any thread."""
+        return not self._streams and self._inbox.empty() and self._outbox.empty()
+
     # -- engine thread
 
     def _run_engine(self) -> None:
@@ -101,6 +120,7 @@ class EngineLoop:
             if (not engine.has_work() or not inbox.empty()) and not self._take():
                 break
             if engine.has_work():
+                self._mistrust()
                 self._step()
         self._outbox.put(None)
         engine.shutdown()
@@ -109,6 +129,8 @@ class EngineLoop:
         """Wait for one item, then take all there is. False: stop."""
         while True:
             item = self._inbox.get()
+            if not self._engine.has_work():
+                self._seen_at = time.monotonic()
             if item is None:
                 return False
             self._handle(item)
@@ -117,9 +139,9 @@ class EngineLoop:
 
     def _handle(self, item: Item) -> None:
         if isinstance(item, Admit):
-            if item.stream.stage is not Stage.RELEASE:
-                self._streams[item.stream.job_id] = item.stream
-            self._engine.add(item.prepared)
+            self._admit(item.stream, item.prepared)
+        elif isinstance(item, GiveBack):
+            self._outbox.put([(item.stream, EventKind.LOST)])
         elif isinstance(item, Refuse):
             self._outbox.put([(item.stream, Output(item.stream.job_id, [], error=item.error))])
         elif isinstance(item, Forget):
@@ -129,10 +151,41 @@ class EngineLoop:
             self._drop(gone)
             self._outbox.put([(stream, Output(stream.job_id, [], finish=Finish.ABORT)) for stream in gone])
 
+    def _admit(self, stream: Stream, prepared: Any) -> None:
+        if stream.job_id in self._streams:  # a log that lost its last second had it handed over a second time
+            return
+        if stream.stage is not Stage.RELEASE:
+            self._streams[stream.job_id] = stream
+        if stream.kv_expired:
+            log.warning("kv_expired", request_id=stream.request_id, attempt=stream.attempt)
+            self._recompute(stream)
+            return
+        if stream.transfers:
+            self._unread.add(stream.job_id)
+        self._engine.add(prepared)
+
+    def _mistrust(self) -> None:
+        """After a pause, compute what should have been read from prefill engines."""
+        now = time.monotonic()
+        paused, self._seen_at = now - self._seen_at > PAUSED_S, now
+        if paused and self._unread:
+            unread, self._unread = self._unread, set()
+            log.warning("kv_mistrusted", requests=len(unread))
+            self._engine.abort(list(unread))
+            for job_id in unread:
+                self._recompute(self._streams[job_id])
+
+    def _recompute(self, stream: Stream) -> None:
+        del self._streams[stream.job_id]
+        job = stream.recompute()
+        self._streams[job.id] = stream
+        self._engine.add(self._engine.prepare(job))
+
     def _drop(self, streams: list[Stream]) -> None:
         self._engine.abort([stream.job_id for stream in streams])
         for stream in streams:
             del self._streams[stream.job_id]
+            self._unread.discard(stream.job_id)
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -146,6 +199,7 @@ class EngineLoop:
 
     def _route(self, output: Output) -> Produced | None:
         finished = output.finish is not None or output.error is not None
+        self._unread.discard(output.id)
         stream = self._streams.pop(output.id, None) if finished else self._streams.get(output.id)
         return None if stream is None else (stream, output)
 
@@ -153,12 +207,14 @@ class EngineLoop:
 
     def _run_writer(self) -> None:
         while (produced := self._collect()) is not None:
-            if produced:
-                self._write(produced)
+            self._write(produced)
 
     def _collect(self) -> list[Produced] | None:
-        """Everything produced since the last call; None at the end."""
-        produced = self._outbox.get()
+        """Everything produced since the last call, perhaps nothing; None at the end."""
+        try:
+            produced = self._outbox.get(timeout=LOOK_S)
+        except Empty:
+            return []
         while produced is not None and not self._outbox.empty():
             more = self._outbox.get()
             if more is None:
@@ -168,11 +224,11 @@ class EngineLoop:
         return produced
 
     def _write(self, produced: list[Produced]) -> None:
-        entries = [stream.append(output) for stream, output in produced]
-        statuses = self._append(entries)
+        made = [(stream, entry) for stream, output in produced if (entry := _entry(stream, output)) is not None]
+        statuses = self._append([entry for _, entry in made])
         refused = {
             stream.job_id: (stream, status)
-            for (stream, _), status in zip(produced, statuses, strict=True)
+            for (stream, _), status in zip(made, statuses, strict=True)
             if status not in (AppendStatus.OK, AppendStatus.LOST)
         }
         for stream, status in refused.values():
@@ -189,6 +245,10 @@ class EngineLoop:
             except StoreUnavailable as error:
                 log.warning("token_log_unavailable", error=str(error), entries=len(entries))
                 time.sleep(STORE_RETRY_S)
+
+
+def _entry(stream: Stream, output: Output | EventKind) -> Append | None:
+    return stream.give_back(output) if isinstance(output, EventKind) else stream.append(output)
 
 
 def fatal(run: Callable[[], None]) -> Callable[[], None]:

@@ -6,10 +6,13 @@ it can still be ordered, counted and cancelled.
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
+from penstock.queue.protocol import Bound
 from penstock.queue.records import PREFIX_BLOCK_TOKENS
 from penstock.queue.registry import Replica
 
@@ -23,15 +26,24 @@ REMEMBERED_BLOCKS = 65_536
 """Prefix hashes remembered per replica: four million tokens, more than a KV cache holds."""
 OVERLOADED = 0.9
 """Share of a replica's room above which a longer cached prefix no longer attracts requests."""
+SETTLED_S = 2.0
+"""A replica that was given nothing for this long shows no more surprises: what kills an engine does so at its first
+steps."""
 
 
 class Seat:
-    """One replica as a dispatcher sees it: what it gave it and has not had back."""
+    """One replica as a dispatcher sees it: what it gave it and has not had back.
+
+    ``guest`` is a request that has killed replicas, or ran beside one that did: it has the replica for itself, but for
+    what was there before.
+    """
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
         self.foreign = 0
-        self.closed = False
+        self.closed = replica.draining
+        self.guest = ""
+        self._taken_at = 0.0
         self._held: dict[str, int] = {}
         self._tokens = 0
         self._prefixes: OrderedDict[bytes, None] = OrderedDict()
@@ -54,13 +66,30 @@ class Seat:
         requests = 1 - self.requests / self.replica.max_seqs
         return max(requests, self._tokens / max(1, self._token_limit))
 
-    def fits(self, tokens: int) -> bool:
+    @property
+    def open(self) -> bool:
+        """Whether anything may be placed here now."""
+        return not self.closed and not self.guest and self.requests > 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether what is here has been here for a while."""
+        return not self._held or time.monotonic() - self._taken_at > SETTLED_S
+
+    def room(self, reserved: float = 0.0) -> Bound:
+        """What may still be given to a class that must leave the share ``reserved`` of each replica free."""
+        requests = self.requests - math.floor(reserved * self.replica.max_seqs)
+        return Bound(max(0, requests), max(0, self.tokens - math.floor(reserved * self._token_limit)))
+
+    def fits(self, tokens: int, reserved: float = 0.0) -> bool:
         """Whether there is room. An empty replica takes any size, so that a long prompt cannot wait for ever."""
-        return not self.closed and self.requests > 0 and (tokens <= self.tokens or not self._held)
+        room = self.room(reserved)
+        return self.open and room.requests > 0 and (tokens <= room.tokens or not self._held)
 
     def take(self, request_id: str, tokens: int, prefix: Iterable[bytes]) -> None:
         """Reserve room, once a request, and remember that the replica will have this prefix cached."""
         self.give_back(request_id)
+        self._taken_at = time.monotonic()
         self._held[request_id] = tokens
         self._tokens += tokens
         for digest in prefix:
@@ -72,6 +101,8 @@ class Seat:
     def give_back(self, request_id: str) -> None:
         """Free the room of one request; unknown ids are ignored."""
         self._tokens -= self._held.pop(request_id, 0)
+        if self.guest == request_id:
+            self.guest = ""
 
     def cached(self, prefix: Sequence[bytes]) -> int:
         """Tokens of this prefix the replica is likely to have cached."""
@@ -85,7 +116,7 @@ class Seat:
     def refresh(self, replica: Replica, *, shared: bool) -> None:
         """Take in a heartbeat. With other dispatchers about, what they gave it counts too."""
         self.replica = replica
-        self.closed = False
+        self.closed = replica.draining
         self.foreign = max(0, replica.running + replica.waiting - len(self._held)) if shared else 0
 
 
@@ -95,27 +126,52 @@ class Pool:
     def __init__(self) -> None:
         self.seats: dict[str, Seat] = {}
 
-    def refresh(self, alive: Iterable[Replica], *, shared: bool) -> None:
-        """Take in the registry: new replicas, heartbeats, and the gone."""
+    def refresh(self, alive: Iterable[Replica], *, shared: bool, keep: bool) -> None:
+        """Take in the registry: new replicas, heartbeats, and the gone unless they are kept."""
         seen = {replica.id: replica for replica in alive}
-        self.seats = {id_: seat for id_, seat in self.seats.items() if id_ in seen}
+        self.seats = {id_: seat for id_, seat in self.seats.items() if keep or id_ in seen}
         for id_, replica in seen.items():
             self.seats.setdefault(id_, Seat(replica)).refresh(replica, shared=shared)
 
-    def room(self) -> tuple[int, int]:
-        """Requests and tokens the whole pool may still be given."""
-        open_seats = [seat for seat in self.seats.values() if seat.requests > 0 and not seat.closed]
-        return sum(seat.requests for seat in open_seats), sum(max(0, seat.tokens) for seat in open_seats)
+    def room(self, reserved: float) -> Bound:
+        """Requests and tokens the whole pool may still be given; none of what is reserved on each replica."""
+        rooms = [room for seat in self.seats.values() if seat.open and (room := seat.room(reserved)).requests]
+        return Bound(sum(room.requests for room in rooms), sum(room.tokens for room in rooms))
 
-    def choose(self, tokens: int, prefix: Sequence[bytes]) -> Seat | None:
-        """The replica with the longest cached prefix unless it is overloaded, else the less loaded of two at random.
+    def choose(
+        self, tokens: int, prefix: Sequence[bytes], reserved: float = 0.0, avoid: Container[str] = ()
+    ) -> Seat | None:
+        """The replica with the longest cached prefix unless it is overloaded, else the less loaded of two at random;
+        one to ``avoid`` only where there is no other.
 
         Power of two choices: Mitzenmacher, 2001. Affinity with an overload guard: SGLang's cache-aware router.
         """
-        fitting = [seat for seat in self.seats.values() if seat.fits(tokens)]
+        fitting = [seat for seat in self.seats.values() if seat.fits(tokens, reserved)]
+        fitting = [seat for seat in fitting if seat.replica.id not in avoid] or fitting
         if not fitting:
             return None
         best = max(fitting, key=lambda seat: seat.cached(prefix))
         if best.cached(prefix) and best.use < OVERLOADED:
             return best
         return min(random.sample(fitting, min(2, len(fitting))), key=lambda seat: seat.use)
+
+    def isolate(self, request_id: str, tokens: int) -> Seat | None:
+        """The replica that this request has for itself, once what is there already has settled.
+
+        Until then it is kept free of new work. No more than half of the replicas are lent in this way.
+        """
+        mine = next((seat for seat in self.seats.values() if seat.guest == request_id), None)
+        guests = sum(bool(seat.guest) for seat in self.seats.values())
+        if mine is None and guests < max(1, len(self.seats) // 2):
+            mine = min((seat for seat in self.seats.values() if seat.open), key=lambda seat: seat.use, default=None)
+        if mine is None:
+            return None
+        mine.guest = request_id
+        fits = mine.requests > 0 and not mine.closed and (tokens <= mine.tokens or not mine.use)
+        return mine if fits and mine.settled else None
+
+    def release(self, request_id: str) -> None:
+        """Whatever this request had for itself is for all again."""
+        for seat in self.seats.values():
+            if seat.guest == request_id:
+                seat.guest = ""

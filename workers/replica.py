@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 import traceback
-import uuid
 
-import msgspec
 import ray
 import structlog
 
 from penstock.queue.logs import configure_logging
-from penstock.queue.registry import LEASE_S, Replica
+from penstock.queue.registry import LEASE_S
 from penstock.queue.settings import ModelSettings, RedisSettings
-from penstock.workers.engine import Engine
-from penstock.workers.host import EngineHost
-from penstock.workers.metrics import EngineMetrics
+from penstock.workers.engine_process import new_replica_id, start_host
 from penstock.workers.settings import WorkerSettings
 
 UNHEALTHY_AFTER_S = 10 * LEASE_S
@@ -34,7 +29,8 @@ class EngineReplica:
 
     def __init__(self, redis: RedisSettings, model: ModelSettings, workers: WorkerSettings, role: str) -> None:
         configure_logging(role)
-        self._id = f"{role}-{uuid.uuid4().hex[:12]}"
+        self._id = new_replica_id(role)
+        self._grace_s = workers.drain_grace_s
         try:
             self._start(redis, model, workers, role)
         except BaseException as error:
@@ -42,23 +38,8 @@ class EngineReplica:
             raise
 
     def _start(self, redis: RedisSettings, model: ModelSettings, workers: WorkerSettings, role: str) -> None:
-        started = time.monotonic()
-        engine = build_engine(model, workers, role)
-        metrics = EngineMetrics(model.served_name, role, self._id)
         node = ray.util.get_node_ip_address()
-        info = msgspec.to_builtins(engine.info)
-        replica = Replica(
-            id=self._id,
-            pool=model.pool,
-            role=role,
-            node=node,
-            pid=os.getpid(),
-            metrics=f"{node}:{metrics.serve(node)}",
-            **info,
-        )
-        self._host = EngineHost(engine, redis, replica, metrics)
-        self._host.start()
-        log.info("replica_ready", replica=self._id, role=role, seconds=round(time.monotonic() - started, 1), **info)
+        self._host = start_host(redis, model, workers, role, node, self._id)
 
     def check_health(self) -> None:
         """Ray Serve's health probe."""
@@ -66,20 +47,10 @@ class EngineReplica:
             raise RuntimeError(f"{self._id} has had no heartbeat for {UNHEALTHY_AFTER_S:.0f} s")
 
     def __del__(self) -> None:
-        """Serve takes the replica down: give the lease back so that nobody waits for it to run out."""
+        """Serve takes the replica down: finish what runs, for a while, and give the lease back."""
         if hasattr(self, "_host"):
-            self._host.leave()
-
-
-def build_engine(model: ModelSettings, workers: WorkerSettings, role: str) -> Engine:
-    """The configured engine. Imports vLLM only when it is asked for: that alone takes fifteen seconds."""
-    if workers.engine == "simulated":
-        from penstock.workers.simulated.engine import SimulatedEngine
-
-        return SimulatedEngine(model, workers, role)
-    from penstock.workers.vllm_engine import VllmEngine
-
-    return VllmEngine(model, role, workers.nixl_progress_delay_us)
+            self._host.drain(self._grace_s)
+            self._host.stop()
 
 
 def innermost(error: BaseException) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from penstock.queue.messages import Stage
+from penstock.queue.protocol import Bound
+from penstock.queue.records import PriorityClass
 from penstock.queue.registry import Replica
 from penstock.workers.errand import Errand
-from penstock.workers.placement import Pool
+from penstock.workers.placement import Pool, Seat
 from penstock.workers.settings import WorkerSettings
 
 
@@ -20,45 +22,65 @@ class Router:
         self._prefill = Pool()
         self._decode = Pool()
 
-    def refresh(self, alive: Iterable[Replica]) -> None:
-        """Take in the registry's view."""
-        replicas = list(alive)
-        self._prefill.refresh((r for r in replicas if r.role == "prefill"), shared=self._shared)
-        self._decode.refresh((r for r in replicas if r.role != "prefill"), shared=self._shared)
+    def refresh(self, alive: Sequence[Replica], *, keep: bool = False) -> None:
+        """Take in the registry's view; with ``keep`` those it does not know may be alive as well."""
+        self._prefill.refresh((r for r in alive if r.role == "prefill"), shared=self._shared, keep=keep)
+        self._decode.refresh((r for r in alive if r.role != "prefill"), shared=self._shared, keep=keep)
 
-    def room(self) -> tuple[int, int]:
-        """Requests and prompt tokens that may be pulled now."""
-        requests, tokens = self._decode.room()
+    def room(self) -> tuple[Bound, ...]:
+        """Requests and prompt tokens that may be pulled now, by class in order of rank."""
+        return tuple(self._room(_reserved(rank, self._workers)) for rank in range(len(PriorityClass)))
+
+    def _room(self, reserved: float) -> Bound:
+        decode = self._decode.room(reserved)
         if self._workers.mixed:
-            return requests, tokens
-        prefill_requests, prefill_tokens = self._prefill.room()
-        return min(requests, prefill_requests), min(tokens, prefill_tokens)
+            return decode
+        prefill = self._prefill.room(reserved)
+        return Bound(min(decode.requests, prefill.requests), min(decode.tokens, prefill.tokens))
 
     def place(self, errand: Errand) -> bool:
         """Choose replicas and reserve their room. False: there is none, the errand waits."""
-        prefix = errand.record.prefix_hashes
-        decode = self._decode.choose(errand.kv_tokens, prefix)
+        if self.isolated(errand):
+            return self._place_alone(errand)
+        prefix, reserved = errand.record.prefix_hashes, _reserved(errand.rank, self._workers)
+        decode = self._decode.choose(errand.kv_tokens, prefix, reserved, errand.avoid)
         if decode is None:
             return False
         target = decode
         if self._needs_prefill_pool(errand, decode.cached(prefix)):
-            prefill = self._prefill.choose(errand.prompt_tokens, prefix)
+            prefill = self._prefill.choose(errand.prompt_tokens, prefix, reserved, errand.avoid)
             if prefill is None:
                 return False
             prefill.take(errand.id, errand.prompt_tokens, prefix)
             target = prefill
-        decode.take(errand.id, errand.kv_tokens, prefix)
+        self._take(errand, decode, target)
+        return True
+
+    def isolated(self, errand: Errand) -> bool:
+        """Whether one more death would end it: it must run alone, so that only its own doing counts against it, and
+        none that is as near to the end can go down with it."""
+        return errand.deaths > 0 and errand.deaths >= self._workers.max_attempts - 1
+
+    def _place_alone(self, errand: Errand) -> bool:
+        """One engine does the whole of it, so that one at most is lost."""
+        seat = self._decode.isolate(errand.id, errand.kv_tokens)
+        if seat is None:
+            return False
+        self._take(errand, seat, seat)
+        seat.guest = errand.id
+        return True
+
+    def _take(self, errand: Errand, decode: Seat, target: Seat) -> None:
+        decode.take(errand.id, errand.kv_tokens, errand.record.prefix_hashes)
         errand.stage = Stage.WHOLE if target is decode else Stage.PREFILL
         errand.target, errand.decode = target.replica.id, decode.replica.id
-        return True
 
     def _needs_prefill_pool(self, errand: Errand, cached: int) -> bool:
         """Not for what decode computes in the gap between two steps, nor for prompt log probabilities, which must come
         from the engine that generates; nor for a single token, after which nothing would read the cache."""
         if self._workers.mixed or errand.record.sampling.get("prompt_logprobs") is not None:
             return False
-        single = errand.record.max_tokens - len(errand.emitted) <= 1
-        return not single and errand.prompt_tokens - cached > self._workers.short_prompt_tokens
+        return errand.left_tokens > 1 and errand.prompt_tokens - cached > self._workers.short_prompt_tokens
 
     def move(self, errand: Errand, replica_id: str) -> None:
         """This replica runs it now, after the hand-over or because another dispatcher chose it: reserve room there
@@ -73,7 +95,7 @@ class Router:
 
     def dead(self, errand: Errand) -> str:
         """The replica whose death stopped this errand; empty when all it needs are alive, or it waits."""
-        for replica_id in (errand.target, errand.decode):
+        for replica_id in (errand.target, errand.decode, errand.source):
             if replica_id and replica_id not in self._prefill.seats and replica_id not in self._decode.seats:
                 return replica_id
         return ""
@@ -83,10 +105,19 @@ class Router:
         for pool, replica_id in ((self._prefill, errand.target), (self._decode, errand.decode)):
             if replica_id in pool.seats:
                 pool.seats[replica_id].give_back(errand.id)
-        errand.target = errand.decode = ""
+        errand.target = errand.decode = errand.source = ""
+
+    def clear(self, errand: Errand) -> None:
+        """It needs no replica for itself any more."""
+        self._decode.release(errand.id)
 
     def close(self, replica_id: str) -> None:
         """This replica's lease has run out: place nothing on it until the registry is read again."""
         for pool in (self._prefill, self._decode):
             if replica_id in pool.seats:
                 pool.seats[replica_id].closed = True
+
+
+def _reserved(rank: int, workers: WorkerSettings) -> float:
+    """Share of each replica that this class must leave free: batch work is in no hurry, and others must not wait."""
+    return workers.reserved_share if rank == PriorityClass.BATCH.rank else 0.0

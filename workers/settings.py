@@ -33,7 +33,15 @@ class WorkerSettings(Section):
     short_prompt_tokens: int = Field(
         default=32, ge=0, description="Uncached prompts up to this length skip the prefill pool."
     )
-    max_attempts: int = Field(default=3, ge=1, description="Dispatches of one request before it is dead-lettered.")
+    max_attempts: int = Field(
+        default=3, ge=1, description="Replicas that may die or fail with one request before it is dead-lettered."
+    )
+    reserved_share: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of each replica that batch work leaves to the other classes."
+    )
+    drain_grace_s: float = Field(
+        default=25, ge=0, description="Time a replica that is told to end gets to finish what it runs."
+    )
     nixl_progress_delay_us: int = Field(
         default=1000, ge=0, description="Pause of NIXL's progress thread; 0 spins a core: only with cores to spare."
     )

@@ -29,7 +29,7 @@ from vllm.v1.request import Request
 from penstock.queue.errors import InvalidRecord
 from penstock.queue.messages import Finish, Logprobs, Stage, Usage
 from penstock.queue.settings import ModelSettings
-from penstock.workers.engine import EngineInfo, Job, Load, Output
+from penstock.workers.engine import KV_LEASE_S, EngineInfo, Job, Load, Output
 from penstock.workers.sampling import for_prefill, remaining
 
 KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
@@ -134,6 +134,7 @@ def _engine_args(model: ModelSettings, role: str) -> dict[str, Any]:
             kv_role=KV_ROLES[role],
             kv_buffer_device="cpu" if _on_cpu() else "cuda",
             kv_load_failure_policy="recompute",
+            kv_connector_extra_config={"kv_lease_duration": KV_LEASE_S},
         )
     return args | model.engine_args
 

@@ -1,10 +1,12 @@
 -- Cancel requests wherever they are: on the broker (the dispatcher will find the mark) or in a replica (its inbox).
--- ARGV: namespace, lifetime (ms), msgpack array of ids.  Returns how many had not ended yet.
-local ns, lifetime = ARGV[1], ARGV[2]
+-- ARGV: namespace, lifetime (ms), msgpack array of ids, final (optional, 1: the request can never be revived).
+-- Returns how many had not ended yet.
+local ns, lifetime, final = ARGV[1], ARGV[2], ARGV[4] == '1'
 local live, boxes = 0, {}
 for _, id in ipairs(cmsgpack.unpack(ARGV[3])) do
   local req = ns .. 'req:' .. id
   local s = redis.call('HMGET', req, 'done', 'replica')
+  if final then redis.call('HSET', req, 'final', 1) end
   if not s[1] then
     live = live + 1
     redis.call('HSET', req, 'cancelled', 1)

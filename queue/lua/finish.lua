@@ -14,7 +14,10 @@ for k, e in ipairs(cmsgpack.unpack(ARGV[3])) do
     redis.call('RPUSH', tok, frame)
     redis.call('PEXPIRE', req, retention)
     redis.call('PEXPIRE', tok, retention)
-    redis.call('PUBLISH', ns .. (s[2] or reply_to), '\145\146' .. cmsgpack.pack(id) .. frame)
+    redis.call('PEXPIRE', ns .. 'http:' .. string.match(id, '[^:]*'), retention)
+    for channel in string.gmatch(s[2] or reply_to, '%S+') do
+      redis.call('PUBLISH', ns .. channel, '\145\146' .. cmsgpack.pack(id) .. frame)
+    end
     if s[3] and redis.call('EXISTS', ns .. 'replica:' .. s[3]) == 1 then
       redis.call('XADD', ns .. 'inbox:' .. s[3], '*', 'w', cmsgpack.pack({0, {'abort', {id}}}))
     end

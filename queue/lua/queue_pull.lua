@@ -1,18 +1,23 @@
--- Read what fits a budget, strictly by class, oldest first in a class; at most one entry over in tokens.
+-- Read what fits a budget, strictly by class, oldest first in a class; at most one entry over in tokens a class.
 -- KEYS: the stream of each class in order of rank.
--- ARGV: group, consumer, prefix of the lease keys, requests, tokens, 1 to adopt entries of dead consumers,
---       then requests and tokens the consumer holds already, by class.
+-- ARGV: group, consumer, prefix of the lease keys, 1 to adopt entries of dead consumers, then by class four numbers:
+--       requests and tokens that all may come to when one of it is taken, requests and tokens held of it already.
 -- Returns {[rank, id, fields, deliveries]..., }, with whether entries were adopted as first element.
 local group, consumer, lease = ARGV[1], ARGV[2], ARGV[3]
-local requests, tokens, adopting = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6] == '1'
+local adopting = ARGV[4] == '1'
+local requests, tokens = 0, 0 -- what the class being read may still have
+local used_requests, used_tokens = 0, 0
 local result = {0}
 
 local function take(rank, entry, deliveries)
   local fields = entry[2]
   for f = 1, #fields, 2 do
-    if fields[f] == 't' then tokens = tokens - (tonumber(fields[f + 1]) or 0) end
+    if fields[f] == 't' then
+      tokens = tokens - (tonumber(fields[f + 1]) or 0)
+      used_tokens = used_tokens + (tonumber(fields[f + 1]) or 0)
+    end
   end
-  requests = requests - 1
+  requests, used_requests = requests - 1, used_requests + 1
   result[#result + 1] = {rank, entry[1], fields, deliveries}
 end
 
@@ -31,8 +36,8 @@ local function adopt_from(rank, stream, owner)
 end
 
 for k, stream in ipairs(KEYS) do
-  requests = requests - ARGV[5 + 2 * k]
-  tokens = tokens - ARGV[6 + 2 * k]
+  used_requests, used_tokens = used_requests + ARGV[3 + 4 * k], used_tokens + ARGV[4 + 4 * k]
+  requests, tokens = ARGV[1 + 4 * k] - used_requests, ARGV[2 + 4 * k] - used_tokens
   if adopting then
     for _, owner in ipairs(redis.call('XPENDING', stream, group)[4] or {}) do
       local name = owner[1]

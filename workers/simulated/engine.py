@@ -6,6 +6,8 @@ the decode engine waits as long as it would take, then has the prefill engine fr
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -57,9 +59,10 @@ class SimulatedEngine:
         self._sleep = sleep
         self._id = f"{role}-{uuid.uuid4().hex[:12]}"
         self._times = step_times(workers.step_profile)
+        self._poison = limits.poison_token
         self._kv = KVCache(limits.num_gpu_blocks_override)
-        self._scheduler = Scheduler(limits, self._kv, self._times)
         self._releases = ReleaseSocket(host, self._id)
+        self._scheduler = Scheduler(limits, self._kv, self._times, self._releases.reaches)
         self._requests: dict[str, SimRequest] = {}
         self._held: dict[int, tuple[SimRequest, float]] = {}  # by lease, with its expiry, in order of that
         self._arrivals = 0
@@ -73,7 +76,7 @@ class SimulatedEngine:
         """Check and convert a job; on any thread.
 
         Raises:
-            InvalidRecord: it is empty, finished or too long, or its ``kv`` is not from a simulated engine.
+            InvalidRecord: it is empty, finished or too long.
         """
         return handle_of(job) if job.stage is Stage.RELEASE else prepare_request(job, self.info)
 
@@ -106,6 +109,8 @@ class SimulatedEngine:
         if not plan:
             return [], False
         self._take_time(plan, start)
+        if self._poison >= 0 and any(self._poison in request.tokens for request in plan):
+            os.kill(os.getpid(), signal.SIGKILL)  # as a fault in a kernel would
         return self._sample(plan), True
 
     def load(self) -> Load:

@@ -16,6 +16,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     num_gpu_blocks_override: int = 28_672
     max_model_len: int = 32_768
+    kv_load_fails_every: int = 0
+    """A fault to test with, in no real engine: every so manieth KV transfer fails; 0 is never."""
+    poison_token: int = -1
+    """Chaos tests: the process dies of computing a prompt with this token."""
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 
 import msgspec
 
+from penstock.workers.engine import KV_LEASE_S as KV_LEASE_S
 from penstock.workers.simulated.request import Handle
 
-KV_LEASE_S = 30.0
-"""A prefill engine keeps unread KV this long: NIXL's default ``kv_lease_duration`` in vLLM."""
 MAX_DATAGRAM = 512
 """A release takes some 50 bytes."""
 
@@ -45,6 +44,21 @@ class ReleaseSocket:
         host, _, port = handle.address.rpartition(":")
         with contextlib.suppress(OSError):  # the lease is the safety net
             self._socket.sendto(_encode(Release(handle.engine, handle.lease)), (host, int(port)))
+
+    def reaches(self, handle: Handle) -> bool:
+        """Whether the owner of ``handle`` is there: the kernel refuses a datagram for a port that nobody has."""
+        host, _, port = handle.address.rpartition(":")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect((host, int(port)))
+                probe.send(b"")
+                probe.recv(MAX_DATAGRAM)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+        return True
 
     def received(self) -> Iterator[int]:
         """Leases of this engine that were released since the last call."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 
 from penstock.queue.messages import Usage
@@ -30,8 +30,12 @@ class Scheduler:
     ``read`` collects the handles whose KV is needed no more, for the engine to release at its owner.
     """
 
-    def __init__(self, limits: Limits, kv: KVCache, times: StepTimes) -> None:
+    def __init__(
+        self, limits: Limits, kv: KVCache, times: StepTimes, reachable: Callable[[Handle], bool] = lambda _: True
+    ) -> None:
         self._limits = limits
+        self._reachable = reachable
+        self._loads = 0
         self._kv = kv
         self._times = times
         self._link_free_at = 0.0
@@ -120,9 +124,10 @@ class Scheduler:
         return True
 
     def _start_transfer(self, request: SimRequest, now: float) -> None:
-        """Load what the prefill engine still holds; once its lease has run out the input is computed here."""
+        """Load what the prefill engine still holds. Once its lease has run out, or it is gone, or the load fails, the
+        input is computed here."""
         cached, loadable = request.computed, 0
-        if request.remote is not None and now < request.remote.expires:
+        if request.remote is not None and self._loads_from(request.remote, now):
             loadable = min(request.remote.tokens, len(request.tokens) - 1)
         transferred = max(0, loadable - cached)
         if transferred:
@@ -132,6 +137,13 @@ class Scheduler:
         if not request.admitted:
             request.admitted = True
             request.usage = Usage(request.prompt_tokens, min(cached, request.prompt_tokens), transferred)
+
+    def _loads_from(self, handle: Handle, now: float) -> bool:
+        if now >= handle.expires or not self._reachable(handle):
+            return False
+        self._loads += 1
+        every = self._limits.kv_load_fails_every
+        return not every or self._loads % every != 0
 
     def _run(self, request: SimRequest) -> None:
         request.state = State.RUNNING

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from typing import Protocol
 
 import redis.asyncio
 from kafka import KafkaProducer
 
-from penstock.queue.dead_letters import DeadLetter
 from penstock.queue.factory import open_queue
 from penstock.queue.protocol import RequestQueue
 from penstock.queue.records import PriorityClass, Record, new_request_id, now_ms, pack_tokens, prefix_hashes
@@ -20,13 +18,6 @@ def settings(backend: str, bootstrap: str, url: str) -> tuple[QueueSettings, Red
     """Small topics, and keys of one's own."""
     queue = QueueSettings.model_validate({"backend": backend, "bootstrap": bootstrap, "partitions": 2})
     return queue, RedisSettings(url=url, namespace=f"t{uuid.uuid4().hex[:8]}:")
-
-
-class InspectedQueue(RequestQueue, Protocol):
-    """A queue whose dead letters can be read back."""
-
-    async def dead_letters(self, limit: int) -> list[DeadLetter]:
-        """The oldest dead letters."""
 
 
 class Harness:
@@ -40,11 +31,11 @@ class Harness:
         self._opened: list[RequestQueue] = []
         self._counter = itertools.count()
 
-    def open(self, **changes: int | str) -> InspectedQueue:
+    def open(self, **changes: int | str) -> RequestQueue:
         """One more client of the same queue, with changed queue settings."""
         queue = open_queue(self.settings.model_copy(update=changes), self.redis_settings, self.pool)
         self._opened.append(queue)
-        return queue  # type: ignore[return-value]  # both backends have it
+        return queue
 
     def record(self, cls: str = "standard", tokens: int = 10, **fields: object) -> Record:
         """A record with every field that matters to a queue."""

@@ -111,11 +111,17 @@ class Ingress:
         return sum(len(frame.tokens) for frame in frames) >= tokens and (finished or not ended)
 
     async def settled(self) -> None:
-        """Everything published so far has been handled: a later stream's frame has come through."""
-        marker = f"marker{uuid.uuid4().hex}"
-        self.reader.open(marker)
-        self.publish(Delivered(marker, Frame(0, [0], finish=Finish.STOP)))
-        await self.until(marker, 1)
+        """Everything published so far has been handled: a later stream's frame has come through, and what had to be
+        read in the log was read."""
+        for _ in range(2):
+            marker = f"marker{uuid.uuid4().hex}"
+            self.reader.open(marker)
+            self.publish(Delivered(marker, Frame(0, [0], finish=Finish.STOP)))
+            await self.until(marker, 1)
+            await eventually_async(self._idle, PATIENCE_S, "no log is being read")
+
+    async def _idle(self) -> bool:
+        return not self.reader.busy
 
     def kill_connection(self) -> None:
         """What a fail-over or a broken network does to the subscription."""
@@ -347,3 +353,105 @@ async def test_half_open_connection_is_noticed(redis_server: RedisServer, monkey
     await messages.aclose()
     await client.aclose()
     await line.close()
+
+
+async def test_two_readers_of_one_request_each_see_all_of_it(ingress: Ingress) -> None:
+    ingress.reader.open("r", "one")
+    await ingress.dispatch("r")
+    ingress.emit("r", 0)
+    await ingress.until("one", 1)
+    ingress.reader.open("r", "two", live=False)
+    ingress.reader.catch_up("two")
+    ingress.emit("r", 1)
+    ingress.emit("r", 2, Finish.LENGTH)
+    assert await ingress.until("one", 3, ended=True) == await ingress.until("two", 3, ended=True)
+
+
+async def test_one_reader_leaves_and_the_other_reads_on(ingress: Ingress) -> None:
+    for reader in ("one", "two"):
+        ingress.reader.open("r", reader)
+    await ingress.dispatch("r")
+    ingress.reader.close("one")
+    assert ingress.reader.reads("r")
+    ingress.emit("r", 0, Finish.LENGTH)
+    await ingress.until("two", 1, ended=True)
+    assert "one" not in ingress.seen
+    ingress.reader.close("two")
+    assert not ingress.reader.reads("r")
+
+
+async def test_a_paused_reader_holds_nothing_and_loses_nothing(ingress: Ingress) -> None:
+    await opened_stream(ingress)
+    ingress.emit("r", 0)
+    await ingress.until("r", 1)
+    ingress.reader.pause("r")
+    for index in range(1, 40):
+        ingress.emit("r", index)
+    await ingress.settled()
+    assert len(ingress.seen["r"]) == 1
+    ingress.reader.resume("r")
+    await ingress.until("r", 40)
+    ingress.emit("r", 40, Finish.LENGTH)
+    await ingress.until("r", 41, ended=True)
+
+
+async def test_a_log_longer_than_a_chunk_is_read_whole(ingress: Ingress, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailbox_module, "CHUNK", 7)
+    await ingress.dispatch("r")
+    for index in range(50):
+        ingress.emit("r", index, Finish.LENGTH if index == 49 else None)
+    ingress.reader.open("r", live=False)
+    ingress.reader.catch_up("r")
+    await ingress.until("r", 50, ended=True)
+
+
+def lose(ingress: Ingress, request: str, kept: int) -> None:
+    """What a restart that lost the last second does to a log of one-token frames."""
+    namespace = ingress.settings.namespace
+    ingress.blocking.ltrim(f"{namespace}tok:{request}", 0, kept - 1)
+    ingress.blocking.hset(f"{namespace}req:{request}", "next", kept)
+    ingress.blocking.hdel(f"{namespace}req:{request}", "done")
+
+
+async def test_equal_tokens_that_come_again_are_passed_over(ingress: Ingress) -> None:
+    await opened_stream(ingress)
+    for index in range(6):
+        ingress.emit("r", index)
+    await ingress.until("r", 6)
+    lose(ingress, "r", 3)
+    ingress.kill_connection()
+    await ingress.subscribed()
+    ingress.emit("r", 3, count=2)
+    ingress.emit("r", 5, count=3)
+    ingress.emit("r", 8, Finish.LENGTH)
+    await ingress.until("r", 9, ended=True)
+
+
+async def test_other_tokens_than_were_delivered_end_the_stream(ingress: Ingress) -> None:
+    await opened_stream(ingress)
+    for index in range(6):
+        ingress.emit("r", index)
+    await ingress.until("r", 6)
+    lose(ingress, "r", 3)
+    ingress.publish(Delivered("r", Frame(3, [3, 99])))
+    await ingress.settled()
+    *delivered, last = ingress.seen["r"]
+    assert [token for frame in delivered for token in frame.tokens] == list(range(6))
+    assert last.error is not None
+    assert (last.finish, last.error.code) == (Finish.ERROR, "stream_interrupted")
+
+
+async def test_an_end_that_was_taken_back_is_read_over(ingress: Ingress) -> None:
+    await opened_stream(ingress)
+    for index in range(3):
+        ingress.emit("r", index)
+    await ingress.log.finish([("r", CHANNEL, Frame(TERMINAL, [], finish=Finish.ABORT))])
+    await ingress.until("r", 3, ended=True)
+    assert ingress.reader.frames("r") == 4
+    key = f"{ingress.settings.namespace}tok:r"
+    ingress.blocking.rpop(key)
+    ingress.blocking.hdel(f"{ingress.settings.namespace}req:r", "done")
+    ingress.reader.rewind("r")
+    ingress.emit("r", 3, Finish.LENGTH)
+    frames = await ingress.until("r", 4, ended=True)
+    assert [frame.finish for frame in frames] == [None, None, None, Finish.ABORT, Finish.LENGTH]

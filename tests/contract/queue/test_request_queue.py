@@ -16,9 +16,9 @@ from penstock.queue.dead_letters import DeadLetter
 from penstock.queue.errors import InvalidRecord, QueueUnavailable, UnknownVersion
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.payloads import GRACE_S
-from penstock.queue.protocol import Budget, Delivery, Depth, RequestQueue
+from penstock.queue.protocol import Bound, Budget, Delivery, Depth, RequestQueue
 from penstock.queue.records import PriorityClass, Record, encode_record
-from tests.contract.queue.harness import Harness, InspectedQueue, settings
+from tests.contract.queue.harness import Harness, settings
 from tests.contract.servers import Server
 
 pytestmark = [
@@ -116,6 +116,38 @@ async def test_batch_work_does_not_jump_over_a_long_interactive_request(harness:
     await waiting(harness, queue, records)
     assert ids(await queue.pull(Budget(10, 100))) == [records[0].id]
     assert ids(await queue.pull(Budget(10, 100))) == ids(records[1:])
+
+
+async def test_a_class_keeps_to_its_bound(harness: Harness) -> None:
+    """[I9] Batch work leaves room that the others may use up; what it was not given is not lost."""
+    queue = harness.open(partitions=1)
+    batch = [harness.record("batch", 10) for _ in range(6)]
+    await waiting(harness, queue, batch)
+    budget = Budget(6, 1000, (Bound(6, 1000), Bound(6, 1000), Bound(4, 1000)))
+    assert ids(await queue.pull(budget)) == ids(batch[:4])
+    urgent = [harness.record("interactive", 10) for _ in range(3)]
+    await publish_all(queue, urgent)
+    tokens = Budget(9, 1000, (Bound(9, 1000), Bound(9, 1000), Bound(9, 39)))
+    taken: list[str] = []
+    while len(taken) < 3:
+        taken += ids(await queue.pull(tokens))
+    assert taken[:3] == ids(urgent)
+    assert set(taken[3:]) <= set(ids(batch[4:]))
+    rest = ids(await pull_all(queue, 6 - 4 - len(taken[3:]))) if len(taken) < 5 else []
+    assert taken[3:] + rest == ids(batch[4:])
+
+
+async def test_a_class_without_room_does_not_block_the_others(harness: Harness) -> None:
+    """A pull for the urgent alone waits for them, whatever else there is, and hoards nothing."""
+    queue = harness.open(partitions=1)
+    batch = [harness.record("batch") for _ in range(5)]
+    await publish_all(queue, batch)
+    pull = asyncio.create_task(queue.pull(Budget(5, 1000, (Bound(5, 1000), Bound(0, 0), Bound(0, 0)))))
+    interactive = harness.record("interactive")
+    await queue.publish(interactive)
+    assert ids(await pull) == [interactive.id]
+    found = ids(await pull_all(queue, 5))
+    assert sorted(found) == sorted(ids(batch))
 
 
 async def test_released_work_comes_back_ahead_of_later_arrivals(harness: Harness) -> None:
@@ -226,6 +258,25 @@ async def test_dead_letters_keep_record_and_reason(harness: Harness) -> None:
     assert (await queue.depth()) == NOTHING
 
 
+async def test_dead_letters_are_dropped_one_by_one(harness: Harness) -> None:
+    """Out of order, from another process, and not twice."""
+    queue, operator = harness.open(), harness.open()
+    records = [harness.record() for _ in range(4)]
+    await publish_all(queue, records)
+    for delivery in await pull_all(queue, 4):
+        await queue.dead_letter(delivery, "no")
+    letters = {letter.record().id: letter.id for letter in await operator.dead_letters(10)}
+    assert sorted(letters) == sorted(ids(records))
+    gone = [letters[record.id] for record in records[1:3]]
+    assert await operator.drop_dead_letters(gone) == 2
+    assert await operator.drop_dead_letters([gone[0], "0-999999"]) == 0
+    left = {letter.record().id for letter in await harness.open().dead_letters(10)}
+    assert left == {records[0].id, records[3].id}
+    assert len(await operator.dead_letters(1)) == 1
+    await operator.drop_dead_letters(list(letters.values()))
+    assert await queue.dead_letters(10) == []
+
+
 async def test_an_unknown_version_is_dead_lettered(harness: Harness) -> None:
     queue = harness.open()
     good = harness.record()
@@ -256,7 +307,7 @@ async def test_junk_is_dead_lettered(harness: Harness) -> None:
             letter.record()
 
 
-async def dead_letters(queue: InspectedQueue, count: int) -> list[DeadLetter]:
+async def dead_letters(queue: RequestQueue, count: int) -> list[DeadLetter]:
     """Pull goes on while records are found unreadable, so they may arrive after the good ones."""
     pull = asyncio.create_task(queue.pull(PLENTY))
     letters: list[DeadLetter] = []

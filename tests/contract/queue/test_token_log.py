@@ -37,6 +37,7 @@ from penstock.queue.messages import (
     lua_string,
 )
 from penstock.queue.redis_client import connect, connect_async
+from penstock.queue.registry import Lease
 from penstock.queue.settings import RedisSettings
 from penstock.queue.token_log import (
     Append,
@@ -49,6 +50,7 @@ from penstock.queue.token_log import (
     emitted_tokens,
 )
 from tests.contract.servers import start
+from tests.support.earlier import Earlier
 
 pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
 
@@ -95,10 +97,10 @@ class Store:
         return [decode_inbound(fields[b"w"]) for _, fields in rows]
 
     async def dispatch(
-        self, request: str, replica: str, *, expect: int = 0, force: bool = False, dispatcher: str = "d1"
+        self, request: str, replica: str, *, expect: int = 0, force: bool = False, dispatcher: str = "d1", **known: int
     ) -> Dispatched:
         work = lua_string(encode(Run(request, Stage.WHOLE, msgspec.Raw(encode({"v": 1})))))
-        one = Dispatch(request, expect, "ingress", replica, work, "acme", force)
+        one = Dispatch(request, expect, "ingress", replica, work, "acme", force, **known)
         return (await self.log.dispatch(dispatcher, [one]))[0]
 
     async def tokens(self, request: str) -> list[int]:
@@ -185,9 +187,108 @@ async def test_gap_is_refused(store: Store) -> None:
     assert await store.tokens("r") == [1]
 
 
-async def test_unknown_request_is_gone(store: Store) -> None:
-    assert store.writer.append([entry("nobody", 1, 0, [9])]) == [AppendStatus.GONE]
-    assert not store.blocking.exists(store.key("tok:nobody"))
+async def test_middle_of_an_unknown_request_is_refused(store: Store) -> None:
+    assert store.writer.append([entry("nobody", 1, 5, [9])]) == [AppendStatus.GAP]
+    assert not store.blocking.exists(store.key("tok:nobody"), store.key("req:nobody"))
+
+
+async def test_gap_goes_back_to_the_dispatcher(store: Store, wire: Wire) -> None:
+    """The log lost what nobody can append again: it has to be generated again."""
+    await store.dispatch("r", "a")
+    assert store.writer.append([entry("r", 1, 3, [9])]) == [AppendStatus.GAP]
+    assert [decode_events(data) for channel, data in wire.read() if channel == "d1"] == [
+        [Event("r", EventKind.LOST, 1)]
+    ]
+    assert (await store.dispatch("r", "b", attempt=1))[:3] == (OK, 2, 0)
+
+
+async def test_request_given_back_is_dispatched_again(store: Store, wire: Wire) -> None:
+    """A decode replica too gives back, under the attempt it was handed."""
+    await store.dispatch("r", "a")
+    store.writer.append([hand_over(entry("r", 1, 0, [5]), "b")])
+    back = Append("r", 1, 1, 0, lua_string(b""), False, back="failed")
+    assert store.writer.append([back, back]) == [AppendStatus.LOST] * 2
+    events = [event for channel, data in wire.read() if channel == "d1" for event in decode_events(data)]
+    assert [event.kind for event in events] == [EventKind.PREFILLED, EventKind.FAILED]
+    assert (await store.dispatch("r", "b", expect=1, attempt=1))[5] == 1
+    assert (await store.dispatch("r", "b", expect=1, attempt=2, deaths=1))[:2] == (OK, 3)
+
+
+async def test_attempts_rise_over_a_loss(store: Store) -> None:
+    """Redis forgot two attempts: the dispatcher did not, and no number comes twice."""
+    await store.dispatch("r", "a")
+    store.blocking.delete(store.key("req:r"))
+    assert [state.kind for state in await store.log.states({"r": 3})] == [EventKind.GONE]
+    assert (await store.dispatch("r", "b", attempt=3))[:2] == (OK, 4)
+
+
+async def test_attempt_that_redis_forgot_takes_over(store: Store) -> None:
+    """Its dispatch was in the lost second: newer than what is stored, so it is the valid one."""
+    await store.dispatch("r", "b")
+    writer = TokenWriter(store.blocking, store.settings, "a")
+    assert writer.append([entry("r", 2, 1, [8])]) == [AppendStatus.GAP]
+    assert writer.append([entry("r", 2, 0, [7])]) == [AppendStatus.OK]
+    assert store.writer.append([entry("r", 1, 0, [9])]) == [AppendStatus.STALE]
+    assert (await store.dispatch("r", "b", attempt=2))[:4] == (ADOPTED, 2, 1, "a")
+    assert await store.tokens("r") == [7]
+    writer.close()
+
+
+async def test_attempt_given_twice_is_told_apart(store: Store) -> None:
+    """Redis forgot a dispatch, and a dispatcher that never knew of it gave the same number again."""
+    await store.dispatch("r", "a")
+    (first,) = store.inbox("a")
+    store.blocking.delete(store.key("req:r"), store.key("inbox:a"))
+    while not (again := store.inbox("b")) or again[0].fence == first.fence:
+        store.blocking.delete(store.key("req:r"), store.key("inbox:b"))
+        await store.dispatch("r", "b")
+    assert (first.attempt, again[0].attempt) == (1, 1)
+    old, new = (msgspec.structs.replace(entry("r", 1, 0, [t]), fence=i.fence) for t, i in ((8, first), (9, again[0])))
+    assert store.writer.append([old, new, old]) == [AppendStatus.STALE, AppendStatus.OK, AppendStatus.STALE]
+    assert await store.tokens("r") == [9]
+
+
+async def test_deaths_are_counted_until_it_gets_on(store: Store, wire: Wire) -> None:
+    await store.dispatch("r", "a")
+    store.bury("a")
+    assert (await store.dispatch("r", "b", attempt=1))[0::5] == (DispatchStatus.EMITTED, 1)
+    assert (await store.dispatch("r", "b", attempt=2, deaths=1, probation=2))[0::5] == (OK, 1)
+    store.writer.append([entry("r", 3, 0, [5])])
+    assert store.blocking.hget(store.key("req:r"), "deaths") == b"1"
+    store.writer.append([entry("r", 3, 1, [6])])
+    assert store.blocking.hget(store.key("req:r"), "deaths") is None
+    assert [decode_events(data) for channel, data in wire.read() if channel == "d1"] == [
+        [Event("r", EventKind.CLEARED, 3)]
+    ]
+
+
+async def test_a_replica_that_said_goodbye_did_not_die(store: Store) -> None:
+    await store.dispatch("r", "a")
+    Lease(store.blocking, store.settings, "a").end()
+    assert (await store.dispatch("r", "b", attempt=1))[0::5] == (OK, 0)
+
+
+async def test_a_redis_that_lost_its_last_second_is_filled_again(tmp_path: Path) -> None:
+    """Killed, and back with the data of an earlier moment: the writer restores what was appended since."""
+    server = RedisServer(tmp_path / "redis")
+    start(server)
+    store = Store(RedisSettings(url=server.url, namespace="x:"))
+    store.lease("a", "b")
+    await store.dispatch("r", "a")
+    await store.dispatch("s", "a")
+    store.writer.append([entry("r", 1, 0, [1])])
+    moment = await asyncio.to_thread(Earlier, server)
+    store.writer.append([entry("r", 1, 1, [2]), entry("s", 1, 0, [4, 5])])
+    store.writer.append([entry("r", 1, 2, [3], Finish.STOP), hand_over(entry("s", 1, 2, [6]), "b")])
+    await asyncio.to_thread(moment.restore)
+    await store.client.connection_pool.disconnect()
+    store.lease("a", "b")
+    assert await store.tokens("r") == [1]
+    assert store.writer.append([]) == []
+    assert (await store.tokens("r"), await store.tokens("s")) == ([1, 2, 3], [4, 5, 6])
+    assert [got.work.stage for got in store.inbox("b") if isinstance(got.work, Run)] == [Stage.DECODE]
+    await store.close()
+    server.stop()
 
 
 async def test_step_sent_twice_is_stored_once(store: Store, wire: Wire) -> None:
@@ -218,7 +319,7 @@ async def test_hand_over_tells_the_dispatcher_where_to(store: Store, wire: Wire)
     store.writer.append([hand_over(entry("r", 1, 0, [5]), "b")])
     event = Event("r", EventKind.PREFILLED, 1, "b")
     assert [decode_events(data) for channel, data in wire.read() if channel == "d1"] == [[event]]
-    assert await store.log.states(["r"]) == [event]
+    assert await store.log.states({"r": 1}) == [event]
 
 
 async def test_hand_over_to_the_dead_is_lost(store: Store, wire: Wire) -> None:
@@ -230,10 +331,10 @@ async def test_hand_over_to_the_dead_is_lost(store: Store, wire: Wire) -> None:
     assert store.writer.append([step]) == [AppendStatus.OK]
     event = Event("r", EventKind.LOST, 1)
     assert [decode_events(data) for channel, data in wire.read() if channel == "d1"] == [[event]]
-    assert [(state.kind, state.attempt) for state in await store.log.states(["r"])] == [("lost", 1)]
+    assert [(state.kind, state.attempt) for state in await store.log.states({"r": 1})] == [("lost", 1)]
     assert store.inbox("b") == []
     assert (await store.dispatch("r", "a", expect=1))[:3] == (OK, 2, 1)
-    assert [state.kind for state in await store.log.states(["r"])] == [EventKind.PREFILLED]
+    assert [state.kind for state in await store.log.states({"r": 1})] == [EventKind.PREFILLED]
 
 
 async def test_final_hand_over_releases_the_cache(store: Store, wire: Wire) -> None:
@@ -265,15 +366,15 @@ async def test_cancellation_follows_a_hand_over(store: Store) -> None:
 
 
 async def test_dispatch_numbers_attempts_and_runs(store: Store) -> None:
-    assert await store.dispatch("r", "a") == (OK, 1, 0, "a", 1)
-    assert await store.dispatch("r", "b", force=True) == (OK, 2, 0, "b", 2)
+    assert await store.dispatch("r", "a") == (OK, 1, 0, "a", 1, 0)
+    assert await store.dispatch("r", "b", force=True) == (OK, 2, 0, "b", 2, 0)
     assert [got.attempt for got in store.inbox("a") + store.inbox("b")] == [1, 2]
 
 
 async def test_living_replica_is_adopted(store: Store, wire: Wire) -> None:
     """A second dispatcher watches what runs, and gets its events."""
     await store.dispatch("r", "a")
-    assert await store.dispatch("r", "b", dispatcher="d2") == (ADOPTED, 1, 0, "a", 1)
+    assert await store.dispatch("r", "b", dispatcher="d2") == (ADOPTED, 1, 0, "a", 1, 0)
     assert store.inbox("b") == []
     store.writer.append([entry("r", 1, 0, [1], Finish.STOP)])
     assert [channel for channel, _ in wire.read()] == ["ingress", "d2"]
@@ -284,19 +385,19 @@ async def test_emitted_tokens_are_told_before_the_next_run(store: Store) -> None
     await store.dispatch("r", "a")
     store.writer.append([entry("r", 1, 0, [1, 2])])
     store.bury("a")
-    assert await store.dispatch("r", "b") == (DispatchStatus.EMITTED, 2, 2, "", 1)
+    assert await store.dispatch("r", "b") == (DispatchStatus.EMITTED, 2, 2, "", 1, 1)
     assert store.writer.append([entry("r", 1, 2, [9])]) == [AppendStatus.STALE]
     assert store.inbox("b") == []
-    assert await store.log.states(["r"]) == []
-    assert await store.dispatch("r", "b", expect=2) == (OK, 3, 2, "b", 2)
+    assert await store.log.states({"r": 1}) == []
+    assert await store.dispatch("r", "b", expect=2, deaths=1) == (OK, 3, 2, "b", 2, 1)
     assert len(store.inbox("b")) == 1
 
 
 async def test_dispatch_to_the_dead_takes_no_attempt(store: Store) -> None:
     store.bury("a")
-    assert await store.dispatch("r", "a") == (DispatchStatus.NO_REPLICA, 0, 0, "", 0)
+    assert await store.dispatch("r", "a") == (DispatchStatus.NO_REPLICA, 0, 0, "", 0, 0)
     assert store.inbox("a") == []
-    assert await store.dispatch("r", "b") == (OK, 1, 0, "b", 1)
+    assert await store.dispatch("r", "b") == (OK, 1, 0, "b", 1, 0)
 
 
 async def test_done_is_not_dispatched(store: Store) -> None:
@@ -304,7 +405,7 @@ async def test_done_is_not_dispatched(store: Store) -> None:
     store.writer.append([entry("r", 1, 0, [1], Finish.STOP)])
     for force in (False, True):
         assert (await store.dispatch("r", "b", force=force)).status == DispatchStatus.DONE
-    assert await store.log.states(["r"]) == [Event("r", EventKind.DONE, 1, "a")]
+    assert await store.log.states({"r": 1}) == [Event("r", EventKind.DONE, 1, "a")]
 
 
 async def test_cancelled_before_dispatch_is_never_run(store: Store) -> None:
@@ -348,7 +449,7 @@ async def test_finish_of_the_never_dispatched_reaches_its_reader(store: Store, w
 async def test_state_of_a_lost_request_is_gone(store: Store) -> None:
     await store.dispatch("r", "a")
     store.blocking.delete(store.key("req:r"), store.key("tok:r"))
-    assert await store.log.states(["r"]) == [Event("r", EventKind.GONE)]
+    assert await store.log.states({"r": 1}) == [Event("r", EventKind.GONE)]
 
 
 async def test_memory_is_bounded(store: Store) -> None:

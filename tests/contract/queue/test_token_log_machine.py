@@ -71,6 +71,7 @@ class TokenLogMachine(RuleBasedStateMachine):
         self.engines: list[Engine] = []
         self.model: dict[str, list[int]] = {request: [] for request in REQUESTS}
         self.valid: dict[str, int] = dict.fromkeys(REQUESTS, 0)
+        self.deaths: dict[str, int] = dict.fromkeys(REQUESTS, 0)
         self.ended: dict[str, Finish] = {}
         self.cancelled: set[str] = set()
 
@@ -99,7 +100,9 @@ class TokenLogMachine(RuleBasedStateMachine):
     def dispatch(self, request: str, replica: str, force: bool, informed: bool) -> None:
         emitted = list(self.model[request]) if informed else []
         work = lua_string(encode(Run(request, Stage.WHOLE, msgspec.Raw(encode({})))))
-        one = Dispatch(request, len(emitted), Feed.channel, replica, work, "t", force)
+        known = self.valid[request] if informed else 0
+        deaths = self.deaths[request]
+        one = Dispatch(request, len(emitted), Feed.channel, replica, work, "t", force, known, deaths, len(emitted) + 2)
         (answer,) = self.run(self.log.dispatch("d", [one]))
         assert (answer.status is DispatchStatus.DONE) == (request in self.ended)
         if answer.status is DispatchStatus.OK:
@@ -109,6 +112,7 @@ class TokenLogMachine(RuleBasedStateMachine):
         if answer.status in (DispatchStatus.OK, DispatchStatus.EMITTED):
             assert answer.attempt == self.valid[request] + 1
             assert answer.next == len(self.model[request])
+            self.deaths[request] = answer.deaths
             self.valid[request] = answer.attempt
 
     @rule(

@@ -231,18 +231,70 @@ async def test_death_after_tokens_continues(mixed: Cluster) -> None:
     await mixed.drained()
 
 
-async def test_death_after_tokens_with_a_seed_is_told(mixed: Cluster) -> None:
+REPLAYED = [
+    {"max_tokens": 8, "seed": 7},
+    {"max_tokens": 8, "presence_penalty": 0.5},
+    {"max_tokens": 8, "min_tokens": 6},
+    {"max_tokens": 8, "structured_outputs": {"regex": "a+"}},
+    {"max_tokens": 8, "seed": 7, "prompt_logprobs": 1, "logprobs": 2},
+]
+
+
+@pytest.mark.parametrize("sampling", REPLAYED, ids=lambda sampling: ",".join(sampling))
+async def test_death_after_tokens_replays_stateful_sampling(mixed: Cluster, sampling: dict[str, object]) -> None:
+    """Run again from the prompt with all parameters; what was delivered is checked and not repeated."""
+    worker = mixed.add(held=True)
+    mixed.dispatch()
+    record = await mixed.send(5, sampling)
+    worker.engine.allow(3)
+    await mixed.emitted(record, 3)
+    worker.die()
+    successor = mixed.add()
+    await mixed.completes(record)
+    await mixed.drained()
+    (job,) = successor.engine.jobs
+    assert (job.emitted, job.record.sampling) == ([], sampling)
+    frames = mixed.seen[record.id]
+    assert [frame.index for frame in frames] == list(range(8))
+    assert [frame.usage is not None for frame in frames] == [True] + [False] * 7
+
+
+async def test_replay_that_differs_is_told(mixed: Cluster) -> None:
+    """Never a silent splice: the engine does not reproduce what the client has seen."""
     worker = mixed.add(held=True)
     mixed.dispatch()
     record = await mixed.send(5, STATEFUL)
     worker.engine.allow(3)
     await mixed.emitted(record, 3)
     worker.die()
-    mixed.add()
+    successor = mixed.add(held=True)
+    successor.engine.twist = True
+    successor.engine.allow()
     await mixed.fails(record, "stream_interrupted")
-    worker.engine.allow()
     await mixed.drained()
     assert len(mixed.tokens(record)) == 3
+    await mixed.until(lambda: successor.engine.used_blocks == 0, "the engine dropped it")
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("prompt", [5, 8], ids=["part of a block", "whole blocks"])
+async def test_replay_in_a_split_pool(split: Cluster, role: str, prompt: int) -> None:
+    """The second attempt goes through both pools again, appends only the rest, and loses another replica."""
+    workers = {name: split.add(name, held=name == "decode") for name in ("prefill", "decode")}
+    split.dispatch(max_attempts=9)
+    record = await split.send(prompt, STATEFUL)
+    await split.running_on(record, workers["decode"])
+    workers["decode"].engine.allow(3)
+    await split.emitted(record, 3)
+    second = {name: split.add(name, held=name == role) for name in ("prefill", "decode")}
+    for worker in workers.values():
+        worker.die()
+    await split.running_on(record, second[role])
+    second[role].engine.allow(1)
+    second[role].die()
+    split.add(role)
+    await split.completes(record)
+    await split.drained()
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -378,8 +430,8 @@ async def test_connections_drop(split: Cluster) -> None:
     await split.drained()
 
 
-async def test_lost_state_is_told(mixed: Cluster) -> None:
-    """The token log is gone: an error, never a second beginning."""
+async def test_lost_state_is_generated_again(mixed: Cluster) -> None:
+    """Redis knows nothing of it any more: a new attempt, above the last one, and the same tokens once."""
     worker = mixed.add(held=True)
     running = mixed.dispatch()
     record = await mixed.send(5, CONTINUABLE)
@@ -388,10 +440,10 @@ async def test_lost_state_is_told(mixed: Cluster) -> None:
     namespace = mixed.settings.namespace
     await mixed.client.delete(f"{namespace}req:{record.id}", f"{namespace}tok:{record.id}")
     await running.dispatcher._handle(await running.dispatcher._missed())
-    keys = await mixed.log.read(record.id)
-    assert [frame.error.code for frame in keys if frame.error is not None] == ["stream_interrupted"]
     worker.engine.allow()
+    await mixed.completes(record)
     await mixed.drained()
+    assert int(await mixed.field(record, "attempt")) > 1
 
 
 async def test_lost_events_do_not_hold_a_request(mixed: Cluster) -> None:

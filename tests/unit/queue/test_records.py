@@ -22,6 +22,7 @@ from penstock.queue.records import (
     prefix_hashes,
     unpack_tokens,
 )
+from tests.support.frozen_records import FROZEN
 from tests.support.requests import make_record
 
 pytestmark = pytest.mark.unit
@@ -61,6 +62,21 @@ def test_wire_names_are_the_schema() -> None:
         "payload_ref",
     }  # fmt: skip
     assert as_map()["v"] == SCHEMA_VERSION
+
+
+@pytest.mark.parametrize("version", FROZEN)
+def test_records_of_released_versions_are_read(version: int) -> None:
+    """[I7] Also those of every version before this one, whole."""
+    record = decode_record(FROZEN[version])
+    assert (record.id, record.token_ids(), record.max_tokens) == (f"frozen-v{version}", [11, 12, 13, 14, 15], 12)
+    assert (record.tenant, record.priority_class, record.reply_to) == ("acme", "standard", "ingress:test")
+    assert record.sampling == {"max_tokens": 12, "temperature": 0.5, "stop_token_ids": [7]}
+    assert (record.cache_salt, record.hints, record.body) == ("salt", {"reasoning_ended": True}, b"{}")
+    assert (record.external_id, record.accepted_ms, record.deadline_ms) == ("req-1", 1_767_225_600_000, None)
+
+
+def test_every_version_up_to_this_one_is_frozen() -> None:
+    assert list(FROZEN) == list(range(1, SCHEMA_VERSION + 1))
 
 
 def test_fields_of_a_later_release_are_ignored() -> None:

@@ -25,7 +25,7 @@ def make_replica(id_: str = "a", role: str = "decode", **fields: Any) -> Replica
 
 def make_pool(*ids: str, **fields: Any) -> Pool:
     pool = Pool()
-    pool.refresh([make_replica(id_, **fields) for id_ in ids], shared=False)
+    pool.refresh([make_replica(id_, **fields) for id_ in ids], shared=False, keep=False)
     return pool
 
 
@@ -96,7 +96,7 @@ def test_others_work_counts_when_shared() -> None:
 def test_refresh_keeps_what_is_held_and_drops_the_gone() -> None:
     pool = make_pool("a", "b")
     pool.seats["a"].take("r", 10, ())
-    pool.refresh([make_replica("a"), make_replica("c")], shared=False)
+    pool.refresh([make_replica("a"), make_replica("c")], shared=False, keep=False)
     assert {id_: seat.requests for id_, seat in pool.seats.items()} == {"a": 3, "c": 4}
 
 
@@ -104,15 +104,15 @@ def test_closed_until_the_next_refresh() -> None:
     pool = make_pool("a")
     pool.seats["a"].closed = True
     assert pool.choose(1, ()) is None
-    assert pool.room() == (0, 0)
-    pool.refresh([make_replica("a")], shared=False)
-    assert pool.room() == (4, 1000)
+    assert pool.room(0.0) == (0, 0)
+    pool.refresh([make_replica("a")], shared=False, keep=False)
+    assert pool.room(0.0) == (4, 1000)
 
 
 def test_room_of_the_full_does_not_count() -> None:
     pool = make_pool("a", "b", max_seqs=1)
     pool.seats["a"].take("r", 10, ())
-    assert pool.room() == (1, 1000)
+    assert pool.room(0.0) == (1, 1000)
 
 
 def test_longest_prefix_wins_unless_overloaded() -> None:
@@ -141,3 +141,49 @@ def test_nothing_fits() -> None:
     pool.seats["a"].take("r", 1, ())
     assert pool.choose(1, ()) is None
     assert Pool().choose(1, ()) is None
+
+
+def test_reserved_share_is_left_free() -> None:
+    seat = Seat(make_replica(max_seqs=10))
+    assert seat.room(0.1) == (9, 900)
+    for number in range(9):
+        seat.take(str(number), 50, ())
+    assert (seat.fits(50, 0.1), seat.fits(50)) == (False, True)
+    assert seat.room(0.1) == (0, 450)
+
+
+def test_small_replicas_reserve_nothing() -> None:
+    assert Seat(make_replica(max_seqs=4)).room(0.1).requests == 4
+
+
+def test_draining_replica_takes_nothing() -> None:
+    pool = make_pool("a", draining=True)
+    assert (pool.room(0.0), pool.choose(1, ())) == ((0, 0), None)
+
+
+def test_avoided_replica_is_the_last_resort() -> None:
+    pool = make_pool("a", "b")
+    assert {chosen(pool.choose(1, (), avoid={"a"})) for _ in range(20)} == {"b"}
+    assert chosen(make_pool("a").choose(1, (), avoid={"a"})) == "a"
+
+
+def chosen(seat: Seat | None) -> str:
+    assert seat is not None
+    return seat.replica.id
+
+
+def test_suspect_has_a_replica_for_itself() -> None:
+    """It gets the emptiest one, once what came there last has settled; nothing else is placed there meanwhile."""
+    pool = make_pool("a", "b", "c", "d")
+    for id_ in "abcd":
+        pool.seats[id_].take(f"other-{id_}", 500 if id_ != "c" else 100, ())
+    assert pool.isolate("suspect", 10) is None
+    assert pool.seats["c"].guest == "suspect"
+    assert "c" not in {chosen(pool.choose(1, ())) for _ in range(50)}
+    assert pool.isolate("second", 10) is None
+    assert pool.isolate("third", 10) is None
+    assert [bool(seat.guest) for seat in pool.seats.values()].count(True) == 2, "half of the pool at most"
+    pool.seats["c"].give_back("other-c")
+    assert chosen(pool.isolate("suspect", 10)) == "c"
+    pool.release("suspect")
+    assert pool.seats["c"].open

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.queue.messages import Stage
-from penstock.queue.protocol import Delivery
+from penstock.queue.protocol import Bound, Delivery
 from penstock.queue.registry import Replica
 from penstock.workers.errand import Errand
 from penstock.workers.routing import Router
@@ -87,7 +87,7 @@ def test_without_prefill_nothing_is_reserved() -> None:
     before = room(router)
     assert not router.place(errand)
     assert (room(router), errand.target) == (before, "")
-    assert router.room() == (0, 0)
+    assert router.room() == (Bound(0, 0),) * 3
 
 
 def test_hand_over_frees_the_prefill_replica() -> None:

@@ -107,7 +107,6 @@ def test_stop_token(engines: MakeEngine, min_tokens: int, length: int) -> None:
         (make_job("r", [], max_tokens=1), "empty"),
         (make_job("r", [1] * 60, max_tokens=5), "context"),
         (make_job("r", [1], emitted=[2, 3], max_tokens=2), "nothing left"),
-        (make_job("r", [1], stage=Stage.DECODE, kv={"engine": 1}, max_tokens=2), "transfer parameters"),
     ],
 )
 def test_refuses(engines: MakeEngine, job: Any, reason: str) -> None:
@@ -322,6 +321,43 @@ def test_decode_without_parameters_computes_all(engines: MakeEngine) -> None:
     outputs = run(engine)["r"]
     assert tokens_of(outputs) == expected_tokens(PROMPT, 8)[1:]
     assert outputs[0].usage == Usage(10)
+
+
+def test_mismatched_parameters_are_computed(engines: MakeEngine) -> None:
+    """Of another kind of engine, in a fleet that is being replaced."""
+    engine = engines()
+    submit(engine, decode_job({"remote_engine_id": 1}))
+    outputs = run(engine)["r"]
+    assert (tokens_of(outputs), outputs[0].usage) == (expected_tokens(PROMPT, 8)[1:], Usage(10))
+
+
+def test_prefill_engine_that_is_gone(engines: MakeEngine) -> None:
+    """Its process ended with the blocks unread: computed here, and nothing waits for anything."""
+    source, target = engines(), engines()
+    kv = prefill(source)
+    source.shutdown()
+    submit(target, decode_job(kv))
+    outputs = run(target)["r"]
+    assert (tokens_of(outputs), outputs[0].usage) == (expected_tokens(PROMPT, 8)[1:], Usage(10))
+    assert target.used_blocks == 0
+
+
+def test_every_second_transfer_fails(engines: MakeEngine) -> None:
+    source, target = engines(), engines(kv_load_fails_every=2)
+    transferred = []
+    for number in range(4):
+        prompt = [number * 10 + k for k in range(10)]
+        submit(source, make_job("r", prompt, stage=Stage.PREFILL, max_tokens=8))
+        (output,) = run(source)["r"]
+        emitted = expected_tokens(prompt, 1)
+        submit(target, make_job("r", prompt, stage=Stage.DECODE, emitted=emitted, kv=output.kv, max_tokens=8))
+        outputs = run(target)["r"]
+        assert tokens_of(outputs) == expected_tokens(prompt, 8)[1:]
+        assert outputs[0].usage is not None
+        transferred.append(outputs[0].usage.transferred_tokens)
+    assert transferred == [10, 0, 10, 0]
+    source.step()
+    assert source.used_blocks == target.used_blocks == 0
 
 
 def test_unread_blocks_are_freed_by_their_lease(engines: MakeEngine, clock: Clock) -> None:
