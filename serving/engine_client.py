@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -37,14 +38,16 @@ from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
 from penstock.queue.errors import InvalidRecord, StoreUnavailable, TransientError
 from penstock.queue.mailbox import TokenReader
-from penstock.queue.messages import Delivered, Frame, Logprobs, StreamError, Usage
+from penstock.queue.messages import TERMINAL, Delivered, Finish, Frame, Logprobs, StreamError, Usage, encode
 from penstock.queue.protocol import RequestQueue
-from penstock.queue.records import Record, now_ms, pack_tokens, prefix_hashes
+from penstock.queue.readers import Readers, Revival, Standing
+from penstock.queue.records import Record, pack_tokens, prefix_hashes
 from penstock.queue.settings import ModelSettings
-from penstock.queue.token_log import RequestLog
 from penstock.serving.admission import Backlog
-from penstock.serving.context import RequestContext, current
+from penstock.serving.context import Outcome, RequestContext, current
+from penstock.serving.durable.leaving import Leaving
 from penstock.serving.errors import to_vllm_error
+from penstock.serving.output_queue import OutputQueue
 
 INGRESS_ONLY = frozenset(
     {
@@ -54,47 +57,95 @@ INGRESS_ONLY = frozenset(
 )  # fmt: skip
 """Sampling parameters that are used up at the ingress: fan-out, detokenization and stop strings happen there."""
 
-CANCEL_TRIES = 30
-CANCEL_RETRY_S = 1.0
-"""A cancellation is tried for half a minute, longer than Redis takes to restart. One that is lost wastes an engine's
-time until the request's deadline; nobody waits for it."""
+REVIVE_RETRY_S = 1.0
+"""Redis or the broker are away: the client waits, and so do we."""
+REVIVALS = 3
+"""How often a reader that came later takes back an ABORT: the one it found, and such as were under way when it came.
+While somebody reads nothing is parked, so any other is meant."""
+COMPLETIONS = "/v1/completions"
+"""The one path that takes several prompts."""
+CANCELLED = Frame(TERMINAL, [], finish=Finish.ABORT)
+"""Delivered in place of an ABORT that is final."""
 TRANSFER_ARGS = frozenset({"kv_transfer_params", "ec_transfer_params"})
 """What a client must not say: they name KV blocks of an engine, which may be another tenant's."""
 
 log = structlog.get_logger()
 
 
+class _Stream:
+    """One engine request of one rendering: vLLM's id for it is unique to the rendering, the record's is not."""
+
+    __slots__ = ("context", "output", "record", "revivals", "started")
+
+    def __init__(self, record: Record, context: RequestContext, output: OutputQueue) -> None:
+        self.record = record
+        self.context = context
+        self.output = output
+        self.revivals = REVIVALS if context.attach else 0
+        self.started = time.monotonic()
+
+
 class QueueClient(EngineCoreClient):  # type: ignore[misc]
-    """An ``EngineCoreClient`` whose core is every engine of a pool, reached through the queue."""
+    """An ``EngineCoreClient`` whose core is every engine of a pool, reached through the queue.
+
+    A request that may have been published before is *attached to*: its log is read from the start, and it is published
+    only where nothing is known of it. Publishing a record twice is harmless: it runs once.
+    """
 
     engine_ranks_managed = (0,)
     resources = SimpleNamespace(engine_dead=False)
 
-    def __init__(self, queue: RequestQueue, request_log: RequestLog, reader: TokenReader, model: ModelSettings) -> None:
+    def __init__(self, queue: RequestQueue, reader: TokenReader, readers: Readers, model: ModelSettings) -> None:
         self._queue = queue
-        self._log = request_log
         self._reader = reader
+        self._readers = readers
         self._model = model
         self._batches: AsyncIterator[list[Delivered]] = reader.batches()
-        self._accepted: dict[str, tuple[float, RequestContext]] = {}
-        self._cancelling: set[asyncio.Task[None]] = set()
-        self.failed: list[tuple[str, StreamError]] = []
+        self._streams: dict[str, _Stream] = {}
+        self._leaving = Leaving(readers, reader.reads)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.output_of: Callable[[str], OutputQueue]
+        """Where the output processor puts the outputs of a request; set by :class:`QueueLLM`."""
+        self.failed: list[tuple[str, StreamError, Outcome]] = []
+        self.draining = False
+        """Set when this ingress is to end: clients that go away now go on elsewhere."""
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Publish. Returns when the broker has acknowledged; raises (and cancels) when it has not."""
-        context = current()
+        """Publish or attach. Returns when the broker has acknowledged; raises (and cancels) when it has not."""
+        context, local = current(), request.request_id
         record = _record(request, context, self._model, self._reader.channel)
-        self._reader.open(record.id)
-        self._accepted[record.id] = (time.monotonic(), context)
+        self._streams[local] = _Stream(record, context, self.output_of(local))
+        self._reader.open(record.id, local, live=not context.attach)
         try:
-            await self._queue.publish(record)
+            if context.saved is not None:
+                await context.saved
+            if not context.attach or await self._unknown(record):
+                await self._queue.publish(record)
+                self._note_published(record, context)
+            context.outcome.accepted.set()
+            if context.attach:
+                self._reader.catch_up(local)
         except BaseException as error:
-            self._close(record.id)
-            self._cancel([record.id])  # it may have been stored although nobody said so
+            self._close(local)
+            stop = not context.attach or context.grace_s is not None
+            self._leaving.add(record.id, 0, stop=stop)  # it may have been stored although nobody said so
             if isinstance(error, TransientError | InvalidRecord):
                 context.outcome.fail(error)
                 raise to_vllm_error(error) from error
             raise
+
+    async def _unknown(self, record: Record) -> bool:
+        (standing,) = await self._readers.attach([record.id])
+        return standing is Standing.UNKNOWN
+
+    def _note_published(self, record: Record, context: RequestContext) -> None:
+        """Others may ask for it again while it waits in the queue: they need not publish it again."""
+        if context.attach or context.grace_s is None:
+            self._start(self._noted(record.id))
+
+    async def _noted(self, request_id: str) -> None:
+        with suppress(StoreUnavailable):  # then it may be published twice, and still run once
+            await self._readers.note_published([request_id])
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The next step's worth of tokens of all streams of this ingress, stamped with this process' clock."""
@@ -104,44 +155,69 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
                 return EngineCoreOutputs(outputs=outputs)
 
     def _output(self, item: Delivered) -> EngineCoreOutput | None:
-        frame, accepted = item.frame, self._accepted.get(item.id)
+        frame, stream = item.frame, self._streams.get(item.id)
+        if stream is None:
+            return None
+        if frame.finish is Finish.ABORT and stream.revivals > 0 and frame is not CANCELLED:
+            stream.revivals -= 1
+            self._start(self._revive(item.id, stream, frame, self._reader.frames(item.id) - 1))
+            return _to_vllm(item.id, _without_end(frame), None) if frame.tokens else None
         if frame.finish is not None:
             self._close(item.id)
         if frame.error is not None:
-            if accepted is not None:
-                accepted[1].outcome.fail(frame.error)
-            self.failed.append((item.id, frame.error))
+            self.failed.append((item.id, frame.error, stream.context.outcome))
             return None
-        started = accepted[0] if accepted is not None and frame.usage is not None else None
-        return _to_vllm(item.id, frame, started)
+        if stream.output.full:
+            self._reader.pause(item.id)
+            stream.output.call_when_low(partial(self._reader.resume, item.id))
+        return _to_vllm(item.id, frame, None if frame.usage is None else stream.started)
+
+    async def _revive(self, local: str, stream: _Stream, frame: Frame, position: int) -> None:
+        """It was parked because nobody read it, and here is a reader: let it go on. A cancellation that was asked for
+        stays."""
+        instead = encode(_without_end(frame)) if frame.tokens else b""
+        while local in self._streams:
+            try:
+                revival = await self._readers.revive(stream.record.id, position, instead)
+                if revival is Revival.REVIVED:
+                    await self._queue.publish(stream.record)
+                break
+            except TransientError as error:
+                log.warning("revival_delayed", request_id=stream.record.id, error=str(error))
+                await asyncio.sleep(REVIVE_RETRY_S)
+        else:
+            return
+        if revival is Revival.FINAL:
+            await self._reader.deliver(local, CANCELLED)
+        else:
+            self._reader.rewind(local)
+
+    def leave(self, request_ids: list[str]) -> None:
+        """The client of these is gone. Their generation goes on for a while: it may come back, here or elsewhere."""
+        for local in request_ids:
+            stream = self._streams.get(local)
+            self._close(local)
+            if stream is not None:
+                grace = stream.context.grace_s
+                stays = grace is None or self.draining
+                self._leaving.add(stream.record.id, 0 if stays else grace or 0, stop=not stays)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
-        """Cancel in the queue or in whichever engine runs it; also called for what stop strings ended."""
-        for request_id in request_ids:
-            self._close(request_id)
-        if request_ids:
-            self._cancel(request_ids)
+        """Called for what stop strings ended: nobody reads beyond."""
+        for local in request_ids:
+            stream = self._streams.get(local)
+            self._close(local)
+            if stream is not None:
+                self._leaving.add(stream.record.id, 0)
 
-    def _cancel(self, request_ids: list[str]) -> None:
-        """Cancel in a task of its own: whoever calls this is mostly being cancelled itself, and would not get to wait
-        for Redis."""
-        task = asyncio.create_task(self._cancelled(request_ids))
-        self._cancelling.add(task)
-        task.add_done_callback(self._cancelling.discard)
+    def _close(self, local: str) -> None:
+        self._reader.close(local)
+        self._streams.pop(local, None)
 
-    async def _cancelled(self, request_ids: list[str]) -> None:
-        for attempt in range(1, CANCEL_TRIES + 1):
-            try:
-                await self._log.cancel(request_ids)
-            except StoreUnavailable as error:
-                log.warning("cancel_failed", request_ids=request_ids, attempt=attempt, error=str(error))
-                await asyncio.sleep(CANCEL_RETRY_S)
-            else:
-                return
-
-    def _close(self, request_id: str) -> None:
-        self._reader.close(request_id)
-        self._accepted.pop(request_id, None)
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
         """Text generation only."""
@@ -165,6 +241,8 @@ class QueueLLM(AsyncLLM):  # type: ignore[misc]
         self._backlog = backlog
         with _engine_client(client):
             super().__init__(config, Executor.get_class(config), log_stats=True, log_requests=False)
+        states = self.output_processor.request_states
+        client.output_of = lambda local: cast(OutputQueue, states[local].queue)
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Refuse with 503 and ``Retry-After`` when the queue is as long as it may get."""
@@ -174,6 +252,11 @@ class QueueLLM(AsyncLLM):  # type: ignore[misc]
             current().outcome.fail(error)
             raise to_vllm_error(error) from error
 
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """Called where a client went away in the middle of its answer."""
+        ids = (request_id,) if isinstance(request_id, str) else tuple(request_id)
+        cast(QueueClient, self.engine_core).leave(self.output_processor.abort_requests(ids, internal))
+
     def _run_output_handler(self) -> None:
         """vLLM's handler, with typed errors taken to the one stream they end."""
         client = cast(QueueClient, self.engine_core)
@@ -181,21 +264,20 @@ class QueueLLM(AsyncLLM):  # type: ignore[misc]
             inner = client.get_output_async
 
             async def with_errors() -> EngineCoreOutputs:
-                outputs = await inner()
-                self._end_failed(client)
-                return outputs
+                self._end_failed(client)  # what came before the errors has been processed by now
+                return await inner()
 
             client.get_output_async = with_errors  # type: ignore[method-assign]
         super()._run_output_handler()
 
     def _end_failed(self, client: QueueClient) -> None:
         failed, client.failed = client.failed, []
-        for request_id, error in failed:
+        for request_id, error, outcome in failed:
             state = self.output_processor.request_states.get(request_id)
             if state is not None:
+                cast(OutputQueue, state.queue).fail(to_vllm_error(error), partial(outcome.fail, error))
                 whole = state.parent_req.request_id if state.parent_req is not None else request_id
-                self.output_processor.abort_requests([whole], internal=True)
-                state.queue.put(to_vllm_error(error))
+                client.leave(self.output_processor.abort_requests([whole], internal=True))
 
 
 @contextmanager
@@ -215,7 +297,7 @@ def _record(request: EngineCoreRequest, context: RequestContext, model: ModelSet
     prompt = pack_tokens(request.prompt_token_ids)
     hints = {"reasoning_ended": request.reasoning_ended, "reasoning_parser_kwargs": request.reasoning_parser_kwargs}
     return Record(
-        id=request.request_id,
+        id=_record_id(request, context),
         model=model.served_name,
         pool=model.pool,
         release=model.release,
@@ -225,7 +307,7 @@ def _record(request: EngineCoreRequest, context: RequestContext, model: ModelSet
         prompt=prompt,
         sampling=_sampling(request.sampling_params),
         reply_to=reply_to,
-        accepted_ms=now_ms(),
+        accepted_ms=context.accepted_ms,
         deadline_ms=context.deadline_ms,
         external_id=context.external_id,
         tags=context.tags,
@@ -235,6 +317,23 @@ def _record(request: EngineCoreRequest, context: RequestContext, model: ModelSet
         hints={name: value for name, value in hints.items() if value is not None},
         body=context.body,
     )
+
+
+def _record_id(request: EngineCoreRequest, context: RequestContext) -> str:
+    """The same at each rendering: by prompt and choice. vLLM's id says which these are: ``[{choice}_]{external id}-…``,
+    and the external id of a completion ends in ``-{prompt}``."""
+    external: str = request.external_req_id
+    before, prompt = request.request_id.partition(external)[0], external.rpartition("-")[2]
+    part = int(before[:-1]) if before else 0
+    if context.path == COMPLETIONS and context.choices > context.n and prompt.isdecimal():
+        part += int(prompt) * context.n
+    name = context.stream_id if context.choices == 1 else f"{context.stream_id}:{part}"
+    again = context.draws.occurrence(part)
+    return f"{name}+{again}" if again else name
+
+
+def _without_end(frame: Frame) -> Frame:
+    return msgspec.structs.replace(frame, finish=None, stop_reason=None)
 
 
 def _sampling(params: SamplingParams) -> dict[str, Any]:

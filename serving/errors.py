@@ -8,6 +8,7 @@ The edge's refusals join the tree of :mod:`penstock.queue.errors` under ``Reques
     ├── Unauthorized       no key, an unknown or a revoked one (401)
     ├── NotFound           a path or object that is not offered (404)
     ├── BodyTimeout        the request's body did not arrive in time (408)
+    ├── IdempotencyKeyReused  the key came with another request before (422)
     └── UnsafeBinding      reachable from other machines while no API key exists (the ingress does not start)
 """
 
@@ -50,6 +51,13 @@ class BodyTimeout(RequestError):
 
     code = "request_timeout"
     status = 408
+
+
+class IdempotencyKeyReused(RequestError):
+    """The Idempotency-Key belongs to another request of this tenant."""
+
+    code = "idempotency_key_reused"
+    status = 422
 
 
 class UnsafeBinding(RequestError):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from argparse import Namespace
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
 import structlog
@@ -19,16 +20,27 @@ from penstock.queue.factory import open_queue
 from penstock.queue.logs import configure_logging
 from penstock.queue.mailbox import Mailbox, TokenReader
 from penstock.queue.protocol import RequestQueue
+from penstock.queue.readers import Readers
 from penstock.queue.records import new_request_id
 from penstock.queue.redis_client import connect_async
 from penstock.queue.registry import Registry
 from penstock.queue.settings import ModelSettings, QueueSettings, RedisSettings
 from penstock.queue.token_log import RequestLog
 from penstock.serving.admission import Backlog
-from penstock.serving.edge import wrap
+from penstock.serving.batches.backend import InnerBackend
+from penstock.serving.batches.service import BatchService
+from penstock.serving.batches.settings import BatchSettings
+from penstock.serving.durable.inner import Inner
+from penstock.serving.durable.store import RequestStore
+from penstock.serving.edge.layers import wrap
+from penstock.serving.edge.streams import Kept
+from penstock.serving.files.settings import FilesSettings
 from penstock.serving.readiness import Readiness
 from penstock.serving.settings import IngressSettings
 from penstock.serving.tenants import KeyStore, open_authenticator
+
+if TYPE_CHECKING:
+    from penstock.serving.engine_client import QueueClient
 
 DRAIN_S = 30
 """How long open streams may go on after SIGTERM; then their clients reconnect elsewhere."""
@@ -56,14 +68,25 @@ async def serve(
     authenticator = await open_authenticator(KeyStore(client, redis_settings), settings.host)
     queue = open_queue(queue_settings, redis_settings, model.pool)
     backlog = Backlog(settings.max_backlog_requests, redis_settings, model.pool)
-    app = await _vllm_app(settings, model, queue, client, redis_settings, backlog)
-    missing = Readiness(queue, client, Registry(client, redis_settings), model.pool)
-    edge = wrap(app, settings=settings, authenticator=authenticator, missing=missing)
+    readers = Readers(client, redis_settings, f"ingress:{new_request_id()}")
+    app, engine = await _vllm_app(settings, model, queue, client, redis_settings, backlog, readers)
+    batches = BatchService(client, redis_settings, FilesSettings(), BatchSettings())
+    edge = wrap(
+        app,
+        settings=settings,
+        authenticator=authenticator,
+        missing=Readiness(queue, client, Registry(client, redis_settings), model.pool),
+        kept=Kept(RequestStore(client, redis_settings), readers),
+        beside=batches.wrap,
+    )
     watching = asyncio.create_task(backlog.watch())
+    batch_work = asyncio.create_task(batches.run(InnerBackend(Inner(app), readers), model.served_name))
     try:
-        await _listen(edge, settings)
+        await _listen(edge, settings, engine)
     finally:
         watching.cancel()
+        batch_work.cancel()
+        await asyncio.wait([batch_work])
         await queue.close()
         await client.aclose()
 
@@ -75,26 +98,35 @@ async def _vllm_app(
     client: redis.asyncio.Redis,
     redis_settings: RedisSettings,
     backlog: Backlog,
-) -> Any:
-    """vLLM's FastAPI application. Its modules are imported here: they take many seconds, `--help` must not."""
+    readers: Readers,
+) -> tuple[Any, QueueClient]:
+    """vLLM's FastAPI application, and the queue it has for an engine.
+
+    Its modules are imported here: they take many seconds, `--help` must not.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
     from vllm.usage.usage_lib import UsageContext
 
+    from penstock.serving import output_queue
+    from penstock.serving.durable import determinism
     from penstock.serving.engine_client import QueueClient, QueueLLM
     from penstock.serving.metrics import drop_engine_gauges
 
-    request_log = RequestLog(client, redis_settings)
-    reader = TokenReader(Mailbox(client, redis_settings, f"ingress:{new_request_id()}"), request_log)
+    output_queue.install()
+    determinism.install()
+    mailbox = Mailbox(client, redis_settings, readers.channel)
+    reader = TokenReader(mailbox, RequestLog(client, redis_settings), readers)
+    core = QueueClient(queue, reader, readers, model)
     args = vllm_arguments(settings, model)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    engine = QueueLLM(config, QueueClient(queue, request_log, reader, model), backlog)
+    engine = QueueLLM(config, core, backlog)
     drop_engine_gauges()
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, config.model_config)
     await init_app_state(engine, app.state, args, tasks)
-    return app
+    return app, core
 
 
 def vllm_arguments(settings: IngressSettings, model: ModelSettings) -> Namespace:
@@ -103,6 +135,7 @@ def vllm_arguments(settings: IngressSettings, model: ModelSettings) -> Namespace
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     words = ["--model", model.path, "--served-model-name", model.served_name, "--dtype", model.dtype]
+    words += ["--enable-prompt-tokens-details"]  # cached tokens in usage
     if model.max_model_len is not None:
         words += ["--max-model-len", str(model.max_model_len)]
     if settings.tool_call_parser:
@@ -114,7 +147,7 @@ def vllm_arguments(settings: IngressSettings, model: ModelSettings) -> Namespace
     return args
 
 
-async def _listen(app: Any, settings: IngressSettings) -> None:
+async def _listen(app: Any, settings: IngressSettings, engine: QueueClient) -> None:
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -124,9 +157,22 @@ async def _listen(app: Any, settings: IngressSettings) -> None:
         timeout_keep_alive=IDLE_CONNECTION_S,
         timeout_graceful_shutdown=DRAIN_S,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, engine)
     log.info("ingress_listening", host=settings.host, port=settings.port)
     await server.serve()
+
+
+class _Server(uvicorn.Server):
+    """Open streams go on for a while after SIGTERM. Clients that are cut off then resume elsewhere, so nothing they
+    read is stopped."""
+
+    def __init__(self, config: uvicorn.Config, engine: QueueClient) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.draining = True
+        await super().shutdown(sockets)
 
 
 def main() -> None:

@@ -24,6 +24,12 @@ class IngressSettings(Section):
     keepalive_s: float = Field(
         default=15.0, gt=0, description="Silence on a stream before a keep-alive; balancers cut silent streams at 50 s."
     )
+    resume_grace_s: float = Field(
+        default=1.0, ge=0, description="How long a stream generates on without its client before it is parked."
+    )
+    keyed_grace_s: float = Field(
+        default=30.0, ge=0, description="The same for requests with an Idempotency-Key: their clients come back."
+    )
     deadline_s: dict[PriorityClass, int] = Field(
         default={PriorityClass.INTERACTIVE: 600, PriorityClass.STANDARD: 3600, PriorityClass.BATCH: 86_400},
         description="Seconds until a request of a class ends with deadline_exceeded.",

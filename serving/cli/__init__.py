@@ -14,9 +14,12 @@ COMMANDS = {
     "demo": "Run the whole stack on this machine and stream an answer.",
     "ingress": "Serve the OpenAI-compatible API.",
     "workers": "Run the engines and the dispatcher on a local Ray.",
+    "engine": "Run one engine by itself, without Ray.",
     "dispatcher": "Run one dispatcher by itself, without Ray.",
+    "batch": "Submit, watch and fetch asynchronous batch jobs, or run one here.",
     "keys": "Create, list and revoke API keys.",
     "queue": "Look into the queue.",
+    "dead-letters": "List, show, retry and drop requests that were given up.",
     "config": "Print the effective settings, their names and where each comes from.",
 }
 """Name -> what ``--help`` says. The module is ``penstock.serving.cli.<name>_command``, the command its
@@ -33,7 +36,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"{__name__}.{cmd_name}_command").command
+        command: click.Command = import_module(f"{__name__}.{cmd_name.replace('-', '_')}_command").command
         command.help = COMMANDS[cmd_name]
         return command
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from penstock.queue.settings import ModelSettings, QueueSettings, RedisSettings, Section
+from penstock.serving.batches.settings import BatchSettings
+from penstock.serving.files.settings import FilesSettings
 from penstock.serving.settings import IngressSettings
 from penstock.workers.settings import WorkerSettings
 
@@ -11,9 +13,20 @@ SECTIONS: tuple[type[Section], ...] = (
     QueueSettings,
     ModelSettings,
     IngressSettings,
+    FilesSettings,
+    BatchSettings,
     WorkerSettings,
 )
-RESERVED = frozenset({"PENSTOCK_CONFIG", "PENSTOCK_RAY_TEMP"})
+RESERVED = frozenset(
+    {
+        "PENSTOCK_CONFIG",
+        "PENSTOCK_RAY_TEMP",
+        "PENSTOCK_BASE_URL",
+        "PENSTOCK_API_KEY",
+        "PENSTOCK_INPUT_PRICE",
+        "PENSTOCK_OUTPUT_PRICE",
+    }
+)
 """Variables of Penstock that are no setting of a section."""
 
 

@@ -166,6 +166,7 @@ class Stack:
             "PENSTOCK_MODEL_NAME": "" if self._options.model else "penstock-demo",
             "PENSTOCK_INGRESS_HOST": "127.0.0.1",
             "PENSTOCK_INGRESS_PORT": str(self._port),
+            "PENSTOCK_FILES_ROOT": str(self._run.temporary / "files"),
             "PENSTOCK_RAY_TEMP": str(self._run.temporary / "ray"),
             "TMPDIR": str(self._run.temporary),
             "PYTHONUNBUFFERED": "1",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from penstock.queue.records import PriorityClass
 from penstock.serving.context import Outcome
 from penstock.serving.edge.asgi import Scope
-from penstock.serving.edge.routes import Route
+from penstock.serving.edge.routes import Route, route_of
 from penstock.serving.tenants import KeyInfo
 
 _KEY = "penstock.exchange"
@@ -26,6 +26,10 @@ class Exchange:
     streaming: bool = False
     disconnected: bool = False
     outcome: Outcome = field(default_factory=Outcome)
+
+    def speak_for(self, path: str) -> None:
+        """Answer in the dialect of another path: its answer is given on this one."""
+        self.route = self.route._replace(dialect=route_of(path).dialect)
 
 
 def attach(scope: Scope, exchange: Exchange) -> None:

@@ -28,6 +28,8 @@ TIERS = {
     "standard_only": PriorityClass.STANDARD,
     "flex": PriorityClass.BATCH,
 }
+COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
 MAX_TAGS = 16
 """OpenAI's limits for ``metadata``: 16 pairs, keys of 64 and values of 512 characters."""
 MAX_TAG_KEY = 64
@@ -45,6 +47,10 @@ class Peek(msgspec.Struct):
     stream: bool | None = None
     service_tier: str | None = None
     metadata: dict[str, str | None] | None = None
+    n: msgspec.Raw = msgspec.Raw(b"1")
+    prompt: msgspec.Raw = msgspec.Raw(b'""')
+    background: bool | None = None
+    store: bool | None = None
 
 
 _peek = msgspec.json.Decoder(Peek)
@@ -73,6 +79,7 @@ class Intake:
     def _context(self, scope: Scope, exchange: Exchange, body: bytes) -> RequestContext:
         peek = read_peek(body) if _is_json(scope) else Peek()  # vLLM refuses other types in its own words
         priority_class = read_tier(peek.service_tier)
+        n = read_n(peek.n)
         assert exchange.caller is not None
         return RequestContext(
             tenant=exchange.caller.tenant,
@@ -87,6 +94,10 @@ class Intake:
             tags=read_tags(peek.metadata),
             trace=read_trace(scope),
             outcome=exchange.outcome,
+            n=n,
+            choices=n * count_prompts(peek.prompt) if scope["path"] == COMPLETIONS else n,
+            background=bool(peek.background) and scope["path"] == RESPONSES,
+            stored=bool(peek.stream) or (scope["path"] == RESPONSES and peek.store is not False),
         )
 
     def _patience_ms(self, scope: Scope, priority_class: PriorityClass, stream: bool) -> int:
@@ -123,6 +134,20 @@ def read_tier(tier: str | None) -> PriorityClass:
         return TIERS[tier or "auto"]
     except KeyError:
         raise InvalidField(f"Unknown service_tier {tier!r}; known: {', '.join(TIERS)}.", "service_tier") from None
+
+
+def read_n(n: msgspec.Raw) -> int:
+    """How many answers a prompt gets. What is no number is left for vLLM to refuse."""
+    text = bytes(n)
+    return max(1, int(text)) if text.isdigit() and len(text) < 6 else 1
+
+
+def count_prompts(prompt: msgspec.Raw) -> int:
+    """How many prompts a completion has: a list of texts or of token lists has several, a list of tokens is one."""
+    if bytes(memoryview(prompt)[:1]) != b"[":  # a text of megabytes is not to be copied for this
+        return 1
+    prompts = msgspec.json.decode(prompt)
+    return len(prompts) if prompts and isinstance(prompts[0], str | list | dict) else 1
 
 
 def read_tags(metadata: dict[str, str | None] | None) -> dict[str, str]:

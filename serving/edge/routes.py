@@ -8,6 +8,7 @@ and ``/metrics`` need no API key.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from enum import Enum, auto
 from typing import NamedTuple
@@ -42,6 +43,8 @@ ROUTES = {
         Route("/v1/responses", Dialect.RESPONSES),
         Route("/v1/messages", Dialect.ANTHROPIC),
         Route("/v1/messages/count_tokens", Dialect.ANTHROPIC),
+        Route("/v1/files"),
+        Route("/v1/batches"),
         Route("/v1/models"),
         Route("/tokenize"),
         Route("/detokenize"),
@@ -51,7 +54,18 @@ ROUTES = {
         Route("/ready", public=True),
     )
 }
-_RESPONSES_PREFIX = "/v1/responses/"
+_PATTERNS = (
+    (re.compile(r"/v1/files/[^/]+"), Route("/v1/files/{id}")),
+    (re.compile(r"/v1/files/[^/]+/content"), Route("/v1/files/{id}/content")),
+    (re.compile(r"/v1/batches/[^/]+"), Route("/v1/batches/{id}")),
+    (re.compile(r"/v1/batches/[^/]+/cancel"), Route("/v1/batches/{id}/cancel")),
+    (re.compile(r"/v1/responses/[^/]+"), Route("/v1/responses/{id}", Dialect.RESPONSES)),
+    (re.compile(r"/v1/responses/[^/]+/cancel"), Route("/v1/responses/{id}/cancel", Dialect.RESPONSES)),
+    (re.compile(r"/v1/streams/[^/]+"), Route("/v1/streams/{id}")),
+    (re.compile(r"/v1/streams/[^/]+/cancel"), Route("/v1/streams/{id}/cancel")),
+)
+"""Routes with ids in them."""
+_UNKNOWN = "other"
 
 Missing = Callable[[], Awaitable[dict[str, str]]]
 """Finds out what is missing to serve a request: part -> why. Empty means ready."""
@@ -62,7 +76,8 @@ def route_of(path: str) -> Route:
     shape.
     """
     dialect = Dialect.ANTHROPIC if path.startswith("/v1/messages") else Dialect.OPENAI
-    return ROUTES.get(path) or Route("other", dialect)
+    named = ROUTES.get(path) or next((route for pattern, route in _PATTERNS if pattern.fullmatch(path)), None)
+    return named or Route(_UNKNOWN, dialect)
 
 
 class Routes:
@@ -80,10 +95,8 @@ class Routes:
             await send_json(send, 200, b'{"status":"ok"}')
         elif path == "/ready":
             await self._ready(send)
-        elif path in ROUTES:
+        elif route_of(path).label != _UNKNOWN:
             await self._app(scope, receive, send)
-        elif path.startswith(_RESPONSES_PREFIX):
-            raise NotFound("Responses are not stored; each can be read only as the answer to its request.")
         else:
             raise NotFound(f"Unknown path: {scope['method']} {path}")
 

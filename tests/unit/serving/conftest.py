@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from penstock.serving.edge import wrap
 from penstock.serving.edge.asgi import App
+from penstock.serving.edge.layers import wrap
 from penstock.serving.edge.routes import Missing
 from penstock.serving.settings import IngressSettings
 from penstock.serving.tenants import Authenticator

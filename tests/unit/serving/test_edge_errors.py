@@ -144,7 +144,6 @@ async def test_probes_report_what_is_missing(edge: Edge) -> None:
         "/invocations",
         "/v1/load_lora_adapter",
         "/inference/v1/generate",
-        "/v1/responses/resp_1",
         "//v1/models",
     ],
 )

@@ -1,0 +1,54 @@
+"""The lines of batches, run by vLLM's own handlers in this process: no HTTP in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from penstock.queue.readers import Readers
+from penstock.queue.records import now_ms
+from penstock.serving.batches.answers import Reply
+from penstock.serving.batches.runner import LineRequest
+from penstock.serving.durable.bodies import for_handler
+from penstock.serving.durable.inner import Inner
+from penstock.serving.durable.requests import StoredRequest
+from penstock.serving.edge.intake import COMPLETIONS, count_prompts, read_n, read_peek
+
+
+class InnerBackend:
+    """The :class:`~penstock.serving.batches.runner.Backend` of an ingress."""
+
+    def __init__(self, inner: Inner, readers: Readers) -> None:
+        self._inner = inner
+        self._readers = readers
+
+    async def respond(self, request: LineRequest) -> Reply:
+        """Publish, or attach to the run there is already, and wait for the whole answer."""
+        response = await self._inner.respond(stored(request))
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
+        return Reply(response.status, headers, response.body)
+
+    async def stop(self, requests: Sequence[LineRequest]) -> None:
+        """Have engines stop what they do for these; nobody will ask for them again."""
+        ids = [record_id for request in requests for record_id in stored(request).record_ids]
+        await self._readers.cancel(ids, final=True)
+
+
+def stored(request: LineRequest) -> StoredRequest:
+    """The request as if a client had sent it. Raises :class:`RequestError` for a body it cannot have."""
+    peek = read_peek(request.body)
+    n = read_n(peek.n)
+    return StoredRequest(
+        stream_id=request.stream_id,
+        tenant=request.tenant,
+        key_id=request.key_id,
+        path=request.path,
+        body=for_handler(request.path, request.body, request.stream_id),
+        external_id=request.external_id,
+        priority_class=request.priority_class,
+        accepted_ms=now_ms(),
+        deadline_ms=request.deadline_ms,
+        model=peek.model,
+        n=n,
+        choices=n * count_prompts(peek.prompt) if request.path == COMPLETIONS else n,
+        tags=request.tags,
+    )

@@ -1,0 +1,227 @@
+"""One batch from its validation to its files, by whoever holds its lease.
+
+Every step can be begun again by another process after any instant: what is finished is in the list of segments, what
+was under way is in the token log under the line's own stream id, and output files are named by the batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+
+from penstock.queue.errors import TransientError
+from penstock.queue.logs import get_logger
+from penstock.queue.records import now_ms
+from penstock.serving.batches.answers import CANCELLED, EXPIRED, unanswered
+from penstock.serving.batches.assembly import assemble
+from penstock.serving.batches.lines import LineSplitter, Problem, RawLine, read_envelope
+from penstock.serving.batches.model import Batch, Status
+from penstock.serving.batches.ordering import in_prompt_order
+from penstock.serving.batches.results import RETRY_S, SEGMENT_LINES, Results, folder_of
+from penstock.serving.batches.runner import Backend, LineRunner
+from penstock.serving.batches.settings import BatchSettings
+from penstock.serving.batches.slots import FairSlots
+from penstock.serving.batches.store import LEASE_S, BatchStore, encode_problems
+from penstock.serving.batches.urgency import Urgency
+from penstock.serving.batches.validation import problems_of
+from penstock.serving.files.catalog import FileCatalog
+from penstock.serving.files.objects import ObjectMissing, StorageFull
+
+RENEW_S = LEASE_S / 4
+"""Three renewals may fail before the lease runs out; also how soon a cancellation is noticed."""
+INPUT_LOST = Problem(
+    "input_file_lost", "The input file's content is no longer in the file store.", param="input_file_id"
+)
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What coordinators of one ingress share."""
+
+    store: BatchStore
+    catalog: FileCatalog
+    backend: Backend
+    slots: FairSlots
+    settings: BatchSettings
+    model: str
+
+
+class Coordinator:
+    """Works on one batch as long as ``owner`` holds its lease. :meth:`run` may be cancelled at any time."""
+
+    def __init__(self, batch_id: str, owner: str, parts: Parts) -> None:
+        self._id = batch_id
+        self._owner = owner
+        self._parts = parts
+        self._store = parts.store
+        self._cancelled = asyncio.Event()
+
+    async def run(self) -> None:
+        """Return when the batch has ended. Raises :class:`LeaseLost`, perhaps in a group."""
+        async with asyncio.TaskGroup() as group:
+            keeper = group.create_task(self._keep())
+            while await self._advance():
+                continue
+            keeper.cancel()
+        await self._store.release(self._id, self._owner)
+
+    async def _keep(self) -> None:
+        while True:
+            with suppress(TransientError):  # nobody can take the lease from a Redis that is away
+                await self._store.renew(self._id, self._owner)
+                batch = await self._store.load(self._id)
+                if batch is not None and batch.status is Status.CANCELLING:
+                    self._cancelled.set()
+            await asyncio.sleep(RENEW_S)
+
+    async def _advance(self) -> bool:
+        """One step; False when there is nothing left to do."""
+        batch = await self._store.load(self._id)
+        if batch is None:
+            return False
+        try:
+            step = self._steps().get(batch.status)
+            await (step or self._close)(batch)
+            return step is not None
+        except ObjectMissing:
+            log.error("input_lost", batch_id=self._id)
+            await self._end(batch, Status.FAILED, problems=encode_problems([INPUT_LOST]))
+            return True
+        except (TransientError, StorageFull) as error:
+            log.warning("batch_waits", batch_id=self._id, error=str(error))
+            await asyncio.sleep(RETRY_S)
+            return True
+
+    def _steps(self) -> dict[Status, Callable[[Batch], Awaitable[None]]]:
+        return {
+            Status.VALIDATING: self._validate,
+            Status.IN_PROGRESS: self._work,
+            Status.FINALIZING: lambda batch: self._end(batch, Status.COMPLETED),
+            Status.CANCELLING: lambda batch: self._give_up(batch, Status.CANCELLED, *CANCELLED),
+        }
+
+    async def _validate(self, batch: Batch) -> None:
+        found, settings = await self._store.inspection(self._id), self._parts.settings
+        problems = problems_of(
+            found, endpoint=batch.spec.endpoint, model=self._parts.model, max_lines=settings.max_lines
+        )
+        if problems:
+            await self._move(Status.VALIDATING, Status.FAILED, problems=encode_problems(problems))
+        else:
+            await self._move(Status.VALIDATING, Status.IN_PROGRESS, total=found.lines, model=found.model or "")
+
+    async def _work(self, batch: Batch) -> None:
+        left_s = batch.spec.expires_ms / 1000 - now_ms() / 1000
+        feeding = asyncio.create_task(self._feed(batch))
+        watching = asyncio.create_task(self._cancelled.wait())
+        try:
+            await asyncio.wait({feeding, watching}, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _stop(feeding, watching)
+        if not feeding.cancelled():
+            feeding.result()
+            await self._move(Status.IN_PROGRESS, Status.FINALIZING)
+        elif not self._cancelled.is_set():
+            await self._give_up(batch, Status.EXPIRED, *EXPIRED)
+
+    async def _feed(self, batch: Batch) -> None:
+        """Run every line that is not finished; what finishes is committed, also when this is cancelled."""
+        done = await self._store.done(self._id)
+        results = Results(self._id, self._owner, self._store, self._parts.catalog.objects)
+        urgency = Urgency(batch.spec, batch.total - int.from_bytes(done).bit_count(), self._parts.settings.urgent_share)
+        runner = LineRunner(batch.spec, self._parts.backend, self._parts.settings, urgency)
+        committing = asyncio.create_task(results.keep_committing())
+        running = asyncio.create_task(self._run_lines(batch, done, runner, results))
+        try:
+            await asyncio.wait({running, committing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _stop(running, committing)
+            if committing.cancelled():  # else the lease is lost
+                await results.commit()
+            if self._over(batch):
+                await runner.stop()
+        for task in (committing, running):
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise _root(error)
+
+    def _over(self, batch: Batch) -> bool:
+        """Whether nobody will want the answers that are not there yet."""
+        return self._cancelled.is_set() or now_ms() >= batch.spec.expires_ms
+
+    async def _run_lines(self, batch: Batch, done: bytearray, runner: LineRunner, results: Results) -> None:
+        tenant, slots, settings = batch.spec.tenant, self._parts.slots, self._parts.settings
+
+        async def run(line: RawLine) -> None:
+            try:
+                answer = await runner.run(line)
+            finally:
+                slots.release(tenant)
+            results.add(answer)
+
+        ordered = in_prompt_order(self._lines(batch, done), settings.look_ahead_lines, settings.look_ahead_bytes)
+        async with asyncio.TaskGroup() as group, aclosing(ordered):
+            async for line in ordered:
+                await results.room()
+                await slots.acquire(tenant)
+                group.create_task(run(line))
+
+    async def _lines(self, batch: Batch, done: bytearray) -> AsyncIterator[RawLine]:
+        """Lines of the input that are not finished."""
+        splitter = LineSplitter(self._parts.settings.max_line_bytes)
+        async with aclosing(self._parts.catalog.objects.read(batch.spec.input_file_id)) as pieces:
+            async for piece in pieces:
+                for line in splitter.feed(piece):
+                    if not is_done(done, line.at):
+                        yield line
+        for line in splitter.finish():
+            if not is_done(done, line.at):
+                yield line
+
+    async def _give_up(self, batch: Batch, ending: Status, code: str, message: str) -> None:
+        """Every line that is not finished ends as an error of this code; then the batch ends."""
+        results = Results(self._id, self._owner, self._store, self._parts.catalog.objects)
+        done = await self._store.done(self._id)
+        if batch.total:  # else it never began
+            async for line in self._lines(batch, done):
+                custom_id = read_envelope(line.data or b"").custom_id
+                results.add(unanswered(self._id, line.at, custom_id, code, message))
+                if line.at % SEGMENT_LINES == 0:
+                    await results.commit()
+        await results.commit()
+        await self._end(batch, ending)
+
+    async def _end(self, batch: Batch, ending: Status, **fields: bytes) -> None:
+        files = await assemble(batch, await self._store.segments(self._id), self._parts.catalog)
+        await self._move(batch.status, ending, **files, **fields)
+
+    async def _move(self, old: Status, new: Status, **fields: str | bytes | int) -> None:
+        """Not if it was cancelled meanwhile: the next step sees that."""
+        had = await self._store.transition(self._id, (old,), new, owner=self._owner, **fields)
+        log.info("batch_status", batch_id=self._id, status=new if had is old else had)
+
+    async def _close(self, batch: Batch) -> None:
+        await self._parts.catalog.objects.delete(folder_of(self._id))
+        await self._parts.catalog.unpin(batch.spec.input_file_id, self._id)
+        await self._store.close(batch.spec, self._parts.settings.retention_s)
+
+
+def is_done(done: bytearray, index: int) -> bool:
+    """Whether this line's bit is set, in Redis' order of bits."""
+    byte = index >> 3
+    return byte < len(done) and bool(done[byte] & (0x80 >> (index & 7)))
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first cause, out of the groups it came in."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _stop(*tasks: asyncio.Task[object]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)

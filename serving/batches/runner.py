@@ -1,0 +1,132 @@
+"""Runs one line: asks, and asks again for as long as that can help."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from penstock.queue.errors import PenstockError
+from penstock.queue.logs import get_logger
+from penstock.queue.records import PriorityClass
+from penstock.serving.batches.answers import (
+    RETRY_STATUSES,
+    WAIT_STATUSES,
+    Answer,
+    Reply,
+    answered,
+    refusal,
+)
+from penstock.serving.batches.lines import RawLine
+from penstock.serving.batches.model import BatchSpec
+from penstock.serving.batches.settings import BatchSettings
+from penstock.serving.batches.urgency import Urgency
+from penstock.serving.errors import INTERNAL
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+"""Pauses double from one try to the next, up to half a minute: a fleet that comes back is used soon, not stormed."""
+log = get_logger()
+
+
+class LineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One request of a batch. The same ``stream_id`` names the same run, whoever asks and however often."""
+
+    stream_id: str
+    external_id: str
+    tenant: str
+    key_id: str
+    path: str
+    body: bytes
+    priority_class: PriorityClass
+    deadline_ms: int
+    tags: dict[str, str]
+
+
+class Backend(Protocol):
+    """Runs requests as if clients had sent them."""
+
+    async def respond(self, request: LineRequest) -> Reply:
+        """The answer. Cancelling this stops nothing: whoever asks again finds the run."""
+
+    async def stop(self, requests: Sequence[LineRequest]) -> None:
+        """Stop these runs; nobody will ask for them again."""
+
+
+class _Line(msgspec.Struct):
+    custom_id: str
+    body: msgspec.Raw
+
+
+_line = msgspec.json.Decoder(_Line)
+
+
+class LineRunner:
+    """Runs the lines of one batch."""
+
+    def __init__(self, spec: BatchSpec, backend: Backend, settings: BatchSettings, urgency: Urgency) -> None:
+        self._spec = spec
+        self._backend = backend
+        self._under_way: dict[int, LineRequest] = {}
+        self._max_attempts = settings.max_attempts
+        self._urgency = urgency
+
+    async def run(self, line: RawLine) -> Answer:
+        """The line's result. Goes on until there is one; the window's end is the caller's."""
+        parsed = _line.decode(line.data or b"")
+        reply = await self._ask(line.at, bytes(parsed.body))
+        del self._under_way[line.at]
+        self._urgency.finished()
+        return answered(self._spec.id, line.at, parsed.custom_id, reply)
+
+    async def stop(self) -> None:
+        """Stop what was under way when :meth:`run` was cancelled."""
+        if self._under_way:
+            await self._backend.stop(list(self._under_way.values()))
+
+    async def _ask(self, index: int, body: bytes) -> Reply:
+        """Each try has a stream id of its own, in the same order for everybody: who takes over finds earlier tries in
+        the token log and comes to the one that was under way."""
+        failures = tries = 0
+        while True:
+            request = self._under_way[index] = self._request(index, tries, body)
+            reply = await self._try(request)
+            failures += reply.status in RETRY_STATUSES
+            if not _retryable(reply) or failures >= self._max_attempts:
+                return reply
+            log.warning("line_retried", batch_id=self._spec.id, line=index + 1, status=reply.status)
+            pause = min(FIRST_PAUSE_S * 2**tries, LONGEST_PAUSE_S)
+            tries += 1
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+
+    async def _try(self, request: LineRequest) -> Reply:
+        try:
+            return await self._backend.respond(request)
+        except PenstockError as error:
+            return refusal(error)
+        except Exception:
+            log.exception("line_failed", stream_id=request.stream_id)
+            return refusal(INTERNAL)
+
+    def _request(self, index: int, tries: int, body: bytes) -> LineRequest:
+        spec = self._spec
+        return LineRequest(
+            stream_id=f"{spec.id}-{index}" + (f"-r{tries}" if tries else ""),
+            external_id=f"{spec.id.removeprefix('batch_')}-{index}",
+            tenant=spec.tenant,
+            key_id=spec.key_id,
+            path=spec.endpoint,
+            body=body,
+            priority_class=self._urgency.priority(),
+            deadline_ms=spec.expires_ms,
+            tags={"batch_id": spec.id},
+        )
+
+
+def _retryable(reply: Reply) -> bool:
+    if reply.headers.get("x-should-retry") == "false":
+        return False
+    return reply.status in WAIT_STATUSES | RETRY_STATUSES

@@ -1,0 +1,69 @@
+"""Slots are shared among tenants and never lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.serving.batches.slots import FairSlots
+
+pytestmark = pytest.mark.unit
+
+
+def test_a_free_slot_goes_to_who_has_the_fewest() -> None:
+    async def run() -> list[str]:
+        slots, order = FairSlots(4), list[str]()
+
+        async def work(tenant: str) -> None:
+            await slots.acquire(tenant)
+            order.append(tenant)
+
+        for _ in range(4):
+            await slots.acquire("big")
+        waiting = [asyncio.create_task(work(tenant)) for tenant in ["big"] * 6 + ["small"] * 3]
+        await asyncio.sleep(0)
+        for _ in range(4):
+            slots.release("big")
+        await asyncio.sleep(0)
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        return order
+
+    assert Counter(asyncio.run(run())) == {"small": 2, "big": 2}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3), st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.booleans()), max_size=30))
+def test_cancelled_or_not_every_slot_comes_back(count: int, workers: list[tuple[str, int, bool]]) -> None:
+    async def run() -> None:
+        slots, held, most = FairSlots(count), 0, 0
+
+        async def work(tenant: str, turns: int) -> None:
+            nonlocal held, most
+            await slots.acquire(tenant)
+            held += 1
+            most = max(most, held)
+            try:
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+            finally:
+                held -= 1
+                slots.release(tenant)
+
+        tasks = []
+        for tenant, turns, cancelled in workers:
+            tasks.append(asyncio.create_task(work(tenant, turns)))
+            await asyncio.sleep(0)
+            if cancelled:
+                tasks[len(tasks) // 2].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert most <= count
+        for _ in range(count):  # all of them are free again
+            await asyncio.wait_for(slots.acquire("d"), 1)
+
+    asyncio.run(run())
