@@ -1,0 +1,70 @@
+"""``python -m tests.chaos``: break things, and see whether anything was lost."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from penstock.queue.local.process import ServerError
+from tests.chaos.outcome import Outcome, Scale
+from tests.chaos.report import table, verdict, write
+from tests.chaos.row import Row, play
+from tests.chaos.rows import ROWS
+from tests.chaos.stacks import Stacks
+
+RESULTS = Path("results/chaos")
+WIDTH = 160
+"""Columns of a report that goes to a file."""
+
+
+@click.command()
+@click.option(
+    "--scale", type=click.Choice([scale.value for scale in Scale]), default=Scale.LONG.value, show_default=True
+)
+@click.option("--short", is_flag=True, help="The same as --scale short: every row, in fifteen minutes.")
+@click.option("--seed", type=int, default=None, help="Repeats a run; default: a new one, which is printed.")
+@click.option("--row", "names", multiple=True, type=click.Choice(list(ROWS)), help="Only this row; may be repeated.")
+@click.option(
+    "--engine",
+    type=click.Choice(["simulated", "vllm"]),
+    default="simulated",
+    show_default=True,
+    help="vllm plays the rows that make sense on real engines.",
+)
+@click.option("--results", default=RESULTS, show_default=True, type=click.Path(path_type=Path))
+def chaos(scale: str, short: bool, seed: int | None, names: tuple[str, ...], engine: str, results: Path) -> None:
+    """Kill, stall and cut, and print what clients saw of it."""
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    seed = random.randrange(2**32) if seed is None else seed
+    wanted = [ROWS[name] for name in names or ROWS if engine == "simulated" or ROWS[name].any_engine]
+    folder = Path(tempfile.mkdtemp(prefix="chaos"))
+    console.print(f"seed {seed}; logs in {folder}", highlight=False)
+    outcomes: list[Outcome] = []
+    with Stacks(folder) as stacks:
+        for row in wanted:
+            console.rule(row.name)
+            outcomes.append(_play(row, stacks, Scale.SHORT if short else Scale(scale), seed, engine, console))
+            console.print(verdict(outcomes[-1]), f"({outcomes[-1].seconds} s)")
+    console.print(table(outcomes))
+    console.print(f"seed {seed}; {write(outcomes, results)}", highlight=False)
+    sys.exit(any(outcome.failed for outcome in outcomes))
+
+
+def _play(row: Row, stacks: Stacks, scale: Scale, seed: int, engine: str, console: Console) -> Outcome:
+    try:
+        with console.status(f"{row.fault}: starting") as status:
+            stack = stacks.of(replace(row.shape, engine=engine))
+            return asyncio.run(play(row, stack, scale, seed, lambda text: status.update(f"{row.fault}: {text}")))
+    except ServerError as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    chaos()
