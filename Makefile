@@ -8,7 +8,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.dev-ready
+BENCH_VENV := .venv-bench
+BENCH_READY := $(BENCH_VENV)/.ready
 PINS := requirements/cpu.txt requirements/overrides.txt requirements/constraints.txt pyproject.toml
+
+# Options of `make bench`; empty ones take the command's default.
+ROUNDS ?=
+CONTENDERS ?=
+WORKLOADS ?=
+BENCH_OPTIONS = $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(WORKLOADS),--workloads $(WORKLOADS)) \
+  $(if $(CONTENDERS),--contenders "$(CONTENDERS)")
+
+# Options of `make chaos`.
+SHORT ?=
+SEED ?=
+ROW ?=
 
 # Options of `make demo`; empty ones take the command's default.
 ONCE ?=
@@ -21,7 +35,7 @@ MIXED ?=
 PORT ?=
 export ONCE PROMPT MODEL QUEUE PREFILL DECODE MIXED PORT
 
-.PHONY: help demo test check unit bench-quick demo-model clean
+.PHONY: help demo test check unit bench bench-quick bench-scale bench-report bench-venv chaos demo-model clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/\1\t/' | expand -t 16
@@ -55,8 +69,32 @@ unit: $(DEV_READY)  ## the fast tests
 test: check  ## everything: checks, then all test tiers
 	$(BIN)/pytest
 
-bench-quick: $(DEV_READY)  ## Penstock against vLLM's own server, in one run, in under six minutes
-	$(BIN)/python -m tests.benchmarks quick
+bench-quick: $(DEV_READY)  ## prefill/decode on Kafka against vLLM's server, three workloads; under 6 minutes (CONTENDERS=mixed-redis ROUNDS=5)
+	$(BIN)/python -m tests.benchmarks run --workloads quick --no-replay $(if $(ROUNDS),--rounds $(ROUNDS)) \
+	  --contenders $(or $(CONTENDERS),pd-kafka)
+
+bench: $(DEV_READY) $(BENCH_READY)  ## all contenders, then the scale part and the page; two hours (ROUNDS=5 CONTENDERS=... WORKLOADS=quick|short|full)
+	$(BIN)/python -m tests.benchmarks run $(BENCH_OPTIONS)
+	$(BIN)/python -m tests.benchmarks scale
+	$(BIN)/python -m tests.benchmarks report
+
+bench-scale: $(DEV_READY)  ## everything but the model: simulated engines whose steps take no time; under 6 minutes
+	$(BIN)/python -m tests.benchmarks scale
+
+bench-report: $(DEV_READY)  ## write the newest results into docs/benchmarks.md, with plots
+	$(BIN)/python -m tests.benchmarks report
+
+$(BENCH_READY): $(READY) $(wildcard requirements/bench-ray-llm*.txt)
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(BENCH_VENV)
+	$(BIN)/uv pip install --quiet --python $(BENCH_VENV)/bin/python \
+	  --override requirements/bench-ray-llm-overrides.txt --constraint requirements/bench-ray-llm-constraints.txt \
+	  --requirement requirements/bench-ray-llm.txt
+	touch $@
+
+bench-venv: $(BENCH_READY)  ## the virtual environment of Ray Serve LLM, which `make bench` measures against
+
+chaos: $(DEV_READY)  ## kill, stall and cut everything, and see whether anything was lost; two hours (SHORT=1: 15 minutes, SEED=..., ROW=...)
+	$(BIN)/python -m tests.chaos $(if $(SHORT),--short) $(if $(SEED),--seed $(SEED)) $(if $(ROW),--row $(ROW))
 
 demo-model: $(DEV_READY)  ## train the demo model again (after a change of workers/demo_model/qa.yaml)
 	$(BIN)/python -m penstock.workers.demo_model.train

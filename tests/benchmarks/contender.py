@@ -16,12 +16,17 @@ import httpx
 from penstock.queue.local.process import ServerProcess, free_port
 from penstock.serving.demo.events import cause_of_death
 from penstock.serving.demo.processes import Process, descendants, end
-from tests.benchmarks.processes import Sample, sample
+from tests.benchmarks.processes import Sample, sample, signal_all
 
-READY_TIMEOUT_S = 300.0
-"""A cold start takes 40 to 60 s on two idle cores; five times that is a server that will never come up."""
+MODEL_NAME = "bench"
+READY_TIMEOUT_S = 600.0
+"""A cold start takes 40 to 140 s on two idle cores; four times that is a server that will never come up."""
 PROBE_TIMEOUT_S = 5.0
 """For one probe; Penstock's gives each of its checks two seconds."""
+ANSWER_TIMEOUT_S = 60.0
+"""For the first answer: memory is touched, kernels are chosen and engines meet for the first time."""
+THAW_S = 0.3
+"""After a contender answers again: what its timers had missed is done, too."""
 POLL_S = 0.1
 """How often readiness is asked for: the resolution of the times until ready."""
 STOP_TIMEOUT_S = 40.0
@@ -60,6 +65,8 @@ class Contender(ABC):
     """
 
     ready_path: str
+    workers: tuple[str, ...] = ("engine",)
+    """Groups of processes that have to do something in every round."""
 
     def __init__(self, name: str, folder: Path, model: Model) -> None:
         self.name = name
@@ -91,7 +98,7 @@ class Contender(ABC):
         started = time.time()
         try:
             self._launch()
-            self._await_ready()
+            self._await_answer()
         except BaseException:
             self.stop()
             raise
@@ -109,9 +116,20 @@ class Contender(ABC):
             if not process.alive:
                 raise ContenderError(f"{self.name}: {part} ended: {cause_of_death(self._log(part))}")
 
+    def freeze(self) -> None:
+        """Stop all its processes where they are, so that it costs nothing while another contender is measured."""
+        signal_all(self.sample(), signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let them go on; returns when it answers and has settled."""
+        signal_all(self.sample(), signal.SIGCONT)
+        self._await_answer()
+        time.sleep(THAW_S)
+
     def stop(self) -> None:
         """Stop in good order; what is left then is noted in :attr:`left_behind` and ended."""
         members = self.sample()
+        signal_all(members, signal.SIGCONT)
         self._stop_parts()
         if lingering := _lingering(set(members)):
             self.left_behind = [members[process].title for process in lingering]
@@ -123,29 +141,40 @@ class Contender(ABC):
             _terminate(process)
             process.stop()
 
-    def _run(self, part: str, module: str, *arguments: str, **environment: str) -> None:
-        """Start ``python -m module`` as a part of this contender."""
+    def _run(self, part: str, *words: str | Path, python: str | Path = sys.executable, **environment: str) -> None:
+        """Start ``python words...`` as a part of this contender."""
         assignments = [f"{name}={value}" for name, value in (ENVIRONMENT | environment).items()]
-        process = ServerProcess(["env", *assignments, sys.executable, "-m", module, *arguments], self._log(part))
+        process = ServerProcess(["env", *assignments, python, *words], self._log(part))
         self._processes[part] = process
         process.start(lambda: process.alive)  # when it answers is asked for all parts together
 
     def _log(self, part: str) -> Path:
         return self._folder / f"{part}.log"
 
-    def _await_ready(self) -> None:
+    def _await_answer(self) -> None:
+        """Until it says that it is ready, and until it answers a request with tokens: not everyone means the same."""
         deadline = time.monotonic() + READY_TIMEOUT_S
-        with httpx.Client(timeout=PROBE_TIMEOUT_S, trust_env=False) as client:
-            while not _answers(client, self.url + self.ready_path):
+        with httpx.Client(base_url=self.url, trust_env=False) as client:
+            while not (_is_ready(client, self.ready_path) and self._completes(client)):
                 self.check_alive()
                 if time.monotonic() > deadline:
                     raise ContenderError(f"{self.name} was not ready after {READY_TIMEOUT_S:.0f} s: see {self._folder}")
                 time.sleep(POLL_S)
 
+    def _completes(self, client: httpx.Client) -> bool:
+        question = {"model": MODEL_NAME, "prompt": "What is a penstock, and what is it for?" * 4, "max_tokens": 4}
+        try:
+            answer = client.post("/v1/completions", json=question, timeout=ANSWER_TIMEOUT_S)
+        except httpx.TransportError:
+            return False
+        if answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR:
+            raise ContenderError(f"{self.name} is ready but fails: {answer.text[:500]}; see {self._folder}")
+        return answer.is_success
 
-def _answers(client: httpx.Client, url: str) -> bool:
+
+def _is_ready(client: httpx.Client, path: str) -> bool:
     try:
-        return client.get(url).is_success
+        return client.get(path, timeout=PROBE_TIMEOUT_S).is_success
     except httpx.TransportError:
         return False
 

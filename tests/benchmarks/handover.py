@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
 import ray
 import redis
@@ -35,7 +36,6 @@ while True:
 """
 
 
-@serve.deployment
 class Receiver:
     """The far end of a handle call."""
 
@@ -45,7 +45,7 @@ class Receiver:
 
 def by_handle() -> list[float]:
     """Milliseconds from the call until the replica had the payload."""
-    handle = serve.run(Receiver.bind(), route_prefix=None)
+    handle = serve.run(serve.deployment(Receiver).bind(), route_prefix=None)
     handle.remote(PAYLOAD).result()
     times = []
     for _ in range(ROUNDS):
@@ -63,7 +63,7 @@ def by_inbox(url: str) -> list[float]:
         for _ in range(ROUNDS + 1):
             started = time.monotonic()
             client.xadd("inbox", {"w": PAYLOAD})
-            _, arrived = client.blpop(["arrived"], timeout=30)
+            _, arrived = cast("tuple[bytes, bytes]", client.blpop(["arrived"], timeout=30))
             times.append((float(arrived) - started) * 1000)
     finally:
         receiver.kill()

@@ -15,20 +15,16 @@ import time
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, Any, Self
 
 import msgspec
 
+from tests.benchmarks.prompts import Prompts
 from tests.benchmarks.workloads import Workload
-
-if TYPE_CHECKING:
-    import numpy as np
 
 STOP_TIMEOUT_S = 10.0
 """It ends when it sees the end of its input; a round takes a few seconds."""
 LOG_TAIL_LINES = 20
-PROMPT_ATTEMPTS = 50
-"""Random tokens seldom stay as many when decoded and encoded; vLLM's helper mends most at once."""
 
 
 ENVIRONMENT = {
@@ -128,7 +124,7 @@ class LoadGenerator:
 
 
 async def measure(order: Order) -> Measured:
-    """One call of vLLM's benchmark: closed loop, streaming completions, greedy, end-of-sequence ignored."""
+    """One call of vLLM's benchmark: streaming completions, greedy, end-of-sequence ignored."""
     from vllm.benchmarks.serve import TaskType, benchmark
 
     requests = _requests(order.model_path, order.workload, order.seed)
@@ -152,7 +148,8 @@ async def measure(order: Order) -> Measured:
         selected_percentiles=[],
         ignore_eos=True,
         goodput_config_dict={},
-        max_concurrency=order.workload.concurrency,
+        max_concurrency=order.workload.concurrency or None,
+        self_timed=order.workload.open_loop,
         lora_modules=None,
         extra_headers=None,
         extra_body={"temperature": 0.0},
@@ -180,34 +177,18 @@ def _requests(path: str, workload: Workload, seed: int) -> list[Any]:
     import numpy as np
     from vllm.benchmarks.datasets import SampleRequest
 
-    rng = np.random.default_rng(seed)
+    prompts = Prompts(_tokenizer(path), np.random.default_rng(seed))
+    timed = [arrival.at_s if workload.open_loop else None for arrival in workload.arrivals]
     return [
-        SampleRequest(
-            prompt=_prompt(_tokenizer(path), workload.prompt_tokens, rng),
-            prompt_len=workload.prompt_tokens,
-            expected_output_len=workload.output_tokens,
+        SampleRequest(prompt=prompt, prompt_len=prompt_len, expected_output_len=output_len, timestamp=at_s)
+        for prompt, prompt_len, output_len, at_s in zip(
+            prompts.of(workload),
+            workload.prompt_lens,
+            workload.output_lens,
+            timed or [None] * workload.requests,
+            strict=True,
         )
-        for _ in range(workload.requests)
     ]
-
-
-def _prompt(tokenizer: Any, tokens: int, rng: np.random.Generator) -> str:
-    """Text of exactly ``tokens`` tokens.
-
-    vLLM's random data set takes runs of consecutive token ids, which start alike sooner or later with a small
-    vocabulary: then the prefix cache would answer. These are drawn one by one.
-    """
-    import numpy as np
-    from vllm.benchmarks.datasets import gen_prompt_decode_to_target_len
-
-    wanted = tokens - int(tokenizer.num_special_tokens_to_add())
-    ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.all_special_ids)
-    for _ in range(PROMPT_ATTEMPTS):
-        drawn = rng.choice(ordinary, wanted).tolist()
-        prompt, _, _ = gen_prompt_decode_to_target_len(tokenizer, drawn, wanted, rng=rng)
-        if len(tokenizer.encode(prompt)) == tokens:
-            return str(prompt)
-    raise LoadError(f"no random prompt of exactly {tokens} tokens in {PROMPT_ATTEMPTS} attempts")
 
 
 def serve(orders: IO[bytes], answers: IO[bytes]) -> None:

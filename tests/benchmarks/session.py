@@ -1,4 +1,4 @@
-"""One run: the reference stays up, each subject in turn is measured against it, round by round."""
+"""One run: pair after pair, round by round; whoever is not measured stands still."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from typing import NamedTuple
 
 import msgspec
 
-from tests.benchmarks.contender import ENVIRONMENT, Contender, Model
-from tests.benchmarks.figures import check, figures, per_thousand_tokens, same_answers, summarise
+from tests.benchmarks.contender import ENVIRONMENT, MODEL_NAME, Contender, Model
+from tests.benchmarks.figures import check, check_worked, figures, per_thousand_tokens, same_answers, summarise
 from tests.benchmarks.load import LoadGenerator, Measured, Order
 from tests.benchmarks.processes import Sample, cpu_by_group, peak_by_group
 from tests.benchmarks.report import Board
-from tests.benchmarks.results import ALONE, IdleProcess, Result, Round, Sheet, machine, now, software
-from tests.benchmarks.sides import ENGINE_ARGS, MAX_MODEL_LEN, MODEL_NAME, REFERENCE, make_contender
-from tests.benchmarks.workloads import Workload
+from tests.benchmarks.results import IdleProcess, Result, Round, Sheet, machine, now, software
+from tests.benchmarks.sides import ENGINE_ARGS, MAX_MODEL_LEN, RAY_LLM_PYTHON, make_contender
+from tests.benchmarks.trace import TRACE, capacity_run, read_slice, replay
+from tests.benchmarks.workloads import QUICK, Workload
 
 SETTLE_S = 0.3
 """After a round: what a contender still has to do for it (commits, metrics) is charged to that round."""
-WARM_UPS = 1
-"""Rounds thrown away at the start of a comparison, on both sides: first connections, transfers and memory."""
+WARM_UP = QUICK
+"""Thrown away at the start of a pair, on both sides: first connections, transfers and memory."""
 
 
 class Plan(NamedTuple):
-    """What to run."""
+    """What to run. ``traces``: the folder of the trace that is replayed, if any is."""
 
-    subjects: Sequence[str]
+    pairs: Sequence[tuple[str, str]]
     workloads: Sequence[Workload]
     rounds: int
     idle_s: float
     model: Model
+    traces: Path | None = None
     seed: int = 0
 
 
 class Taken(NamedTuple):
-    """What one round on one side took: CPU seconds by group, and the cores the idle other side used meanwhile."""
+    """What one round on one side took, with CPU seconds by group."""
 
     measured: Measured
     cpu_s: dict[str, float]
-    other_side_cores: float
 
 
 class Session:
@@ -53,10 +54,12 @@ class Session:
         self._plan = plan
         self._board = board
         self._seed = plan.seed
+        self._running: dict[str, Contender] = {}
+        self._lives: dict[str, ExitStack] = {}
         self.result = Result(
             started=now(),
             machine=machine(),
-            software=software(),
+            software=software(RAY_LLM_PYTHON.parents[1]),
             settings={
                 "model": Path(plan.model.path).name,
                 "dtype": plan.model.dtype,
@@ -67,9 +70,11 @@ class Session:
                 "idle_s": plan.idle_s,
                 "seed": plan.seed,
             },
-            reference=REFERENCE,
             workloads=list(plan.workloads),
         )
+        self._arrivals = read_slice(plan.traces) if plan.traces else None
+        if plan.traces and self._arrivals is None:
+            self.result.skipped.append(f"replay: there is no {TRACE} below {plan.traces}")
 
     def run(self, results: Path) -> Path:
         """Run the whole plan and write its result below ``results``; returns the file.
@@ -80,87 +85,122 @@ class Session:
         started = time.monotonic()
         logs = results / "logs" / self.result.started.replace(":", "")
         try:
-            with _short_folder(logs) as folder:
+            with short_folder(logs) as folder:
                 self._compare_all(folder)
         except BaseException as error:
             self.result.error = f"{type(error).__name__}: {error}"
             raise
         finally:
             self.result.seconds = round(time.monotonic() - started, 1)
-            self.result.summary = {} if self.result.error else summarise(self.result)
+            self.result.comparisons = [] if self.result.error else summarise(self.result)
             path = self.result.write(results)
         return path
 
     def _compare_all(self, folder: Path) -> None:
+        for what in self.result.skipped:
+            self._board.say(f"skipped: {what}")
         with LoadGenerator(folder / "load.log") as load:
             self._board.say("load generator ready")
-            reference = make_contender(REFERENCE, folder, self._plan.model)
-            with self._running(reference):
-                self._measure(load, ALONE, [reference])
-                for name in self._plan.subjects:
-                    subject = make_contender(name, folder, self._plan.model)
-                    with self._running(subject):
-                        self._measure(load, name, [reference, subject])
-                        self._fill_sheets([reference, subject])
+            try:
+                for pair in self._plan.pairs:
+                    self._stop_all_but(pair)
+                    self._compare(load, [self._contender(name, folder) for name in pair])
+            finally:
+                self._stop_all_but(())
+
+    def _stop_all_but(self, pair: Sequence[str]) -> None:
+        with ExitStack() as stack:  # each is stopped, whatever becomes of the others
+            for name in [name for name in self._lives if name not in pair]:
+                stack.push(self._lives.pop(name))
+
+    def _contender(self, name: str, folder: Path) -> Contender:
+        """The running contender of this name; starts it when it is not up. The others stand still meanwhile."""
+        if name not in self._running:
+            for other in self._running.values():
+                other.freeze()
+            life = self._lives[name] = ExitStack()
+            life.enter_context(self._live(make_contender(name, folder, self._plan.model)))
+        return self._running[name]
 
     @contextmanager
-    def _running(self, contender: Contender) -> Iterator[None]:
+    def _live(self, contender: Contender) -> Iterator[None]:
         with ExitStack() as stack:
             with self._board.busy(f"starting {contender.name}"):
                 stack.enter_context(contender)
             self._board.say(f"{contender.name} ready after {contender.ready_s()['all']} s")
-            yield
+            self._running[contender.name] = contender
+            try:
+                yield
+            finally:
+                del self._running[contender.name]
         if contender.left_behind and (sheet := self.result.contenders.get(contender.name)):
             self.result.contenders[contender.name] = msgspec.structs.replace(sheet, left_behind=contender.left_behind)
 
-    def _measure(self, load: LoadGenerator, comparison: str, sides: Sequence[Contender]) -> None:
-        steps = (WARM_UPS + self._plan.rounds) * len(self._plan.workloads)
-        with self._board.progress(" / ".join(side.name for side in sides), steps) as advance:
-            for number in range(-WARM_UPS, self._plan.rounds):
-                for workload in self._plan.workloads:
-                    turn = self._turn(load, sides, workload)
-                    if number >= 0:
-                        self._record(comparison, workload, number, turn)
+    def _compare(self, load: LoadGenerator, sides: Sequence[Contender]) -> None:
+        workloads = list(self._plan.workloads)
+        replayed = self._arrivals is not None
+        steps = len(WARM_UP) + replayed + (len(workloads) + replayed) * self._plan.rounds
+        with self._board.progress(" / ".join(side.name for side in reversed(sides)), steps) as advance:
+            for workload in WARM_UP:
+                self._turn(load, sides, workload)
+                advance()
+            if self._arrivals is not None:
+                capacity = self._turn(load, sides, capacity_run(self._arrivals))
+                workloads.append(replay(self._arrivals, capacity[sides[0].name].measured.duration_s))
+                advance()
+            for number in range(self._plan.rounds):
+                for workload in workloads:
+                    self._record(sides, workload, number, self._turn(load, sides, workload))
                     advance()
+        self._fill_sheets(sides)
 
     def _fill_sheets(self, sides: Sequence[Contender]) -> None:
-        for contender, idle in zip(sides, self._idle(sides), strict=True):
-            peak = peak_by_group(contender.sample().values())
-            self.result.contenders[contender.name] = Sheet(contender.ready_s(), peak, idle)
+        for contender in sides:
+            if contender.name not in self.result.contenders:
+                self._awake_alone(contender)
+                idle, peak = self._idle(contender), peak_by_group(contender.sample().values())
+                self.result.contenders[contender.name] = Sheet(contender.ready_s(), peak, idle)
 
     def _turn(self, load: LoadGenerator, sides: Sequence[Contender], workload: Workload) -> dict[str, Taken]:
         """The same prompts for each side, one side after the other."""
         self._seed += 1
-        return {side.name: self._one(load, side, sides, workload) for side in sides}
+        return {side.name: self._one(load, side, workload) for side in sides}
 
-    def _one(self, load: LoadGenerator, side: Contender, sides: Sequence[Contender], workload: Workload) -> Taken:
+    def _one(self, load: LoadGenerator, side: Contender, workload: Workload) -> Taken:
+        self._awake_alone(side)
         order = Order(side.url, self._plan.model.path, MODEL_NAME, workload, self._seed)
-        before, started = {c.name: c.sample() for c in sides}, time.monotonic()
+        before = side.sample()
         measured = load.run(order)
         time.sleep(SETTLE_S)
-        seconds = time.monotonic() - started
         side.check_alive()
         check(side.name, workload, measured)
-        spent = {c.name: cpu_by_group(before[c.name], c.sample()) for c in sides}
-        others = sum(sum(cpu.values()) for name, cpu in spent.items() if name != side.name)
-        return Taken(measured, spent[side.name], others / seconds)
+        spent = cpu_by_group(before, side.sample())
+        check_worked(side.name, workload, spent, side.workers)
+        return Taken(measured, spent)
 
-    def _record(self, comparison: str, workload: Workload, number: int, turn: dict[str, Taken]) -> None:
-        everyone = [taken.measured for taken in turn.values()]
-        same = same_answers(everyone[0], everyone[-1])
+    def _awake_alone(self, side: Contender) -> None:
+        """Nobody else uses the machine while this one is measured."""
+        for other in self._running.values():
+            if other is not side:
+                other.freeze()
+        side.thaw()
+
+    def _record(self, sides: Sequence[Contender], workload: Workload, number: int, turn: dict[str, Taken]) -> None:
+        reference, subject = (side.name for side in sides)
+        same = same_answers(turn[reference].measured, turn[subject].measured)
         for name, taken in turn.items():
-            values = figures(taken.measured)
-            values |= {"same_answers": same, "other_side_cores": taken.other_side_cores}
+            values = figures(taken.measured) | {"same_answers": same}
             cpu = per_thousand_tokens(taken.cpu_s, taken.measured)
-            self.result.rounds.append(Round(comparison, name, workload.name, number, values, cpu))
+            self.result.rounds.append(Round(reference, subject, name, workload.name, number, values, cpu))
+        if workload.name not in [known.name for known in self.result.workloads]:
+            self.result.workloads.append(workload)
 
-    def _idle(self, sides: Sequence[Contender]) -> list[list[IdleProcess]]:
-        """CPU of every process while nothing is asked of either side."""
-        with self._board.busy(f"idle for {self._plan.idle_s:g} s"):
-            before, started = [side.sample() for side in sides], time.monotonic()
+    def _idle(self, side: Contender) -> list[IdleProcess]:
+        """CPU of every process while nothing is asked of it."""
+        with self._board.busy(f"{side.name} idle for {self._plan.idle_s:g} s"):
+            before, started = side.sample(), time.monotonic()
             time.sleep(self._plan.idle_s)
-            seconds, after = time.monotonic() - started, [side.sample() for side in sides]
-        return [_idle_processes(*samples, seconds) for samples in zip(before, after, strict=True)]
+            return _idle_processes(before, side.sample(), time.monotonic() - started)
 
 
 def _idle_processes(before: Sample, after: Sample, seconds: float) -> list[IdleProcess]:
@@ -172,7 +212,7 @@ def _idle_processes(before: Sample, after: Sample, seconds: float) -> list[IdleP
 
 
 @contextmanager
-def _short_folder(logs: Path) -> Iterator[Path]:
+def short_folder(logs: Path) -> Iterator[Path]:
     """A temporary folder with a short path; the parts' logs (not the files of Ray and Kafka) are kept in ``logs``."""
     with tempfile.TemporaryDirectory(prefix="psb-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)

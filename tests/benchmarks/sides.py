@@ -1,20 +1,22 @@
-"""What is measured: vLLM's own server, and Penstock in several shapes, with the same engine arguments."""
+"""What is measured: vLLM's own server, Ray Serve LLM's prefill/decode application, and Penstock in several shapes, all
+with the same engine arguments."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Callable, Collection
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from penstock.queue.local.kafka_broker import KafkaBroker
 from penstock.queue.local.redis_server import RedisServer
 from penstock.serving.demo.events import parse_event
-from tests.benchmarks.contender import Contender, Model
+from tests.benchmarks.contender import MODEL_NAME, Contender, ContenderError, Model
 
-MODEL_NAME = "bench"
 MAX_MODEL_LEN = 2048
 ENGINE_ARGS: dict[str, Any] = {
     "enforce_eager": True,
@@ -23,6 +25,16 @@ ENGINE_ARGS: dict[str, Any] = {
     "max_num_batched_tokens": 2048,
 }
 """For every engine. The limits are named, for vLLM's defaults depend on who makes the engine."""
+
+
+ENGINE_GROUPS = {"prefill": "prefill engine", "decode": "decode engine", "mixed": "engine"}
+HERE = Path(__file__).parent
+RAY_LLM_PYTHON = HERE.parents[1] / ".venv-bench" / "bin" / "python"
+RAY_LLM_TAMED = {
+    "PYTHONPATH": str(HERE / "ray_llm_tamed"),
+    "NIXL_PROGRESS_DELAY_US": "1000",
+    "RAY_worker_niceness": "0",
+}
 
 
 class VllmServer(Contender):
@@ -37,11 +49,46 @@ class VllmServer(Contender):
             "--disable-uvicorn-access-log",
             *(word for item in ENGINE_ARGS.items() for word in _flag(*item)),
         ]
-        self._run("server", "vllm.entrypoints.openai.api_server", *flags)
+        self._run("server", "-m", "vllm.entrypoints.openai.api_server", *flags)
 
     def roots(self) -> dict[int, str]:
         """One tree: the API server and its engine."""
         return {process.pid: "api server" for process in self._processes.values() if process.alive}
+
+
+class RayServeLlm(Contender):
+    """Ray Serve LLM's ``build_pd_openai_app``: one prefill and one decode engine, in a virtual environment of its own.
+
+    ``tamed``: with two settings of Penstock's, so that what is left is design. NIXL's progress thread pauses between
+    polls, and Ray does not make its workers nice.
+    """
+
+    ready_path = "/v1/models"
+    workers = ("prefill engine", "decode engine")
+
+    def __init__(self, name: str, folder: Path, model: Model, *, tamed: bool) -> None:
+        super().__init__(name, folder, model)
+        self._tamed = tamed
+        if not RAY_LLM_PYTHON.exists():
+            raise ContenderError(f"{name} needs {RAY_LLM_PYTHON}: run `make bench-venv`")
+
+    def _launch(self) -> None:
+        settings = {
+            "--model": self._model.path,
+            "--name": MODEL_NAME,
+            "--dtype": self._model.dtype,
+            "--max-model-len": str(MAX_MODEL_LEN),
+            "--engine-args": json.dumps(ENGINE_ARGS),
+            "--port": str(self._port),
+            "--temp-dir": str(self._folder / "ray"),
+        }
+        flags = [word for item in settings.items() for word in item]
+        environment = {"RAY_COLOR_PREFIX": "0"} | (RAY_LLM_TAMED if self._tamed else {})
+        self._run("ray-llm", HERE / "ray_llm_app.py", *flags, python=RAY_LLM_PYTHON, **environment)
+
+    def roots(self) -> dict[int, str]:
+        """One tree, whose engines and servers are told apart by their titles."""
+        return {process.pid: "ray" for process in self._processes.values() if process.alive}
 
 
 class Penstock(Contender):
@@ -49,9 +96,15 @@ class Penstock(Contender):
 
     ready_path = "/ready"
 
-    def __init__(self, name: str, folder: Path, model: Model, *, queue: str, replicas: dict[str, int]) -> None:
+    def __init__(
+        self, name: str, folder: Path, model: Model, *, queue: str, replicas: dict[str, int], engine: str = "vllm"
+    ) -> None:
         super().__init__(name, folder, model)
+        self.workers = (*(ENGINE_GROUPS[role] for role in replicas), "ingress", "dispatcher", "redis")
+        if queue == "kafka":
+            self.workers += ("kafka",)
         self._queue = queue
+        self._engine = engine
         self._replicas = {"prefill": 0, "decode": 0, "mixed": 0} | replicas
         self._redis = RedisServer(folder / "redis")
         self._kafka = KafkaBroker(folder / "kafka") if queue == "kafka" else None
@@ -75,8 +128,8 @@ class Penstock(Contender):
     def _launch(self) -> None:
         self._launched = time.time()
         environment = self._environment()
-        self._run("workers", "penstock.workers.app", **environment)
-        self._run("ingress", "penstock.serving.ingress", **environment)
+        self._run("workers", "-m", "penstock.workers.app", **environment)
+        self._run("ingress", "-m", "penstock.serving.ingress", **environment)
 
     def _stop_parts(self) -> None:
         """As any contender; then the stores."""
@@ -110,6 +163,8 @@ class Penstock(Contender):
             | {
                 "PENSTOCK_CONFIG": os.devnull,
                 "PENSTOCK_QUEUE_BACKEND": self._queue,
+                "PENSTOCK_WORKERS_ENGINE": self._engine,
+                "PENSTOCK_WORKERS_STEP_PROFILE": "instant",
                 "PENSTOCK_REDIS_URL": self._redis.url,
                 "PENSTOCK_MODEL_PATH": self._model.path,
                 "PENSTOCK_MODEL_NAME": MODEL_NAME,
@@ -124,22 +179,40 @@ class Penstock(Contender):
         )
 
 
-REFERENCE = "vllm"
-PENSTOCK_SHAPES: dict[str, dict[str, Any]] = {
-    "mixed-redis": {"queue": "redis", "replicas": {"mixed": 1}},
-    "mixed-kafka": {"queue": "kafka", "replicas": {"mixed": 1}},
-    "pd-redis": {"queue": "redis", "replicas": {"prefill": 1, "decode": 1}},
-    "pd-kafka": {"queue": "kafka", "replicas": {"prefill": 1, "decode": 1}},
+SIMULATED = "simulated"
+"""Penstock without a model: no contender, but the whole path at no step cost."""
+_MAKERS: dict[str, Callable[..., Contender]] = {
+    "vllm": VllmServer,
+    "mixed-redis": partial(Penstock, queue="redis", replicas={"mixed": 1}),
+    "mixed-kafka": partial(Penstock, queue="kafka", replicas={"mixed": 1}),
+    "pd-redis": partial(Penstock, queue="redis", replicas={"prefill": 1, "decode": 1}),
+    "pd-kafka": partial(Penstock, queue="kafka", replicas={"prefill": 1, "decode": 1}),
+    "ray-serve-llm": partial(RayServeLlm, tamed=False),
+    "ray-serve-llm-tamed": partial(RayServeLlm, tamed=True),
+    SIMULATED: partial(Penstock, queue="redis", replicas={"mixed": 1}, engine="simulated"),
 }
+NAMES = tuple(name for name in _MAKERS if name != SIMULATED)
+PAIRS = (
+    ("vllm", "mixed-redis"),
+    ("vllm", "mixed-kafka"),
+    ("vllm", "pd-redis"),
+    ("vllm", "pd-kafka"),
+    ("ray-serve-llm", "pd-kafka"),
+    ("ray-serve-llm-tamed", "pd-kafka"),
+)
+"""Reference and subject; neighbours share a contender, which stays up between them."""
+
+
+def pairs_of(contenders: Collection[str]) -> list[tuple[str, str]]:
+    """Each shape of Penstock against vLLM's server, and ``pd-kafka`` against each Ray Serve LLM."""
+    return [pair for pair in PAIRS if (pair[1] if pair[0] == "vllm" else pair[0]) in contenders]
 
 
 def make_contender(name: str, base: Path, model: Model) -> Contender:
     """The contender of this name, with a folder of its own below ``base``."""
     folder = base / name
-    folder.mkdir(parents=True)
-    if name == REFERENCE:
-        return VllmServer(name, folder, model)
-    return Penstock(name, folder, model, **PENSTOCK_SHAPES[name])
+    folder.mkdir(parents=True, exist_ok=True)
+    return _MAKERS[name](name, folder, model)
 
 
 def _flag(name: str, value: Any) -> list[str]:
