@@ -140,12 +140,11 @@ class Intake:
 
     def offers(self, budget: Budget, requests: int = 0, tokens: int = 0) -> bool:
         """Whether the first entry here fits the budget beside so many requests and tokens that were taken of it."""
-        if not self._waiting or requests >= budget.requests:
+        if not self._waiting:
             return False
         first = self._waiting[0]
         bound = budget.bound(first.order[0])
-        within = tokens + first.tokens <= min(budget.tokens, bound.tokens)
-        return requests < bound.requests and (within or not requests)
+        return requests < bound.requests and (not requests or tokens + first.tokens <= bound.tokens)
 
     def _pop(self, budget: Budget) -> list[Entry]:
         self._changed.clear()

@@ -203,11 +203,13 @@ class TokenReader:
 
     async def _reconnected(self) -> None:
         """Redis may have been away, and may have come back without its last second."""
-        if self._readers is not None and self._by_request:
+        while self._readers is not None and self._by_request:
             try:
                 await self._readers.attach(list(self._by_request))
-            except StoreUnavailable as error:  # it is gone again: the next reconnection does this anew
+                break
+            except StoreUnavailable as error:  # unattached, nobody would post here what Redis forgot we read
                 log.warning("not_attached", error=str(error))
+                await asyncio.sleep(RECONNECT_FIRST_S)
         for cursor in self._cursors.values():
             self._follow(cursor)
 
@@ -222,16 +224,21 @@ class TokenReader:
 
     async def _read_on(self, cursor: Cursor) -> None:
         """Read the log until it holds no more than was read; from then on the reader is live."""
-        async with self._reading:
-            while not cursor.paused and not cursor.ended:
-                cursor.behind = False
-                frames = await self._next_frames(cursor)
-                if delivered := _take_entries(cursor, frames):
-                    await self._hand_out(delivered)
-                if len(frames) < CHUNK and not cursor.behind and not cursor.paused:
-                    cursor.live = True
-                    break
-        cursor.following = False
+        try:
+            async with self._reading:
+                await self._catch_up(cursor)
+        finally:
+            cursor.following = False
+
+    async def _catch_up(self, cursor: Cursor) -> None:
+        while not cursor.paused and not cursor.ended:
+            cursor.behind = False
+            frames = await self._next_frames(cursor)
+            if delivered := _take_entries(cursor, frames):
+                await self._hand_out(delivered)
+            if len(frames) < CHUNK and not cursor.behind and not cursor.paused:
+                cursor.live = True
+                return
 
     async def _next_frames(self, cursor: Cursor) -> list[Frame]:
         """Up to a chunk of the log from ``cursor.frames`` on, which goes back to 0 when the last entry that was read is

@@ -38,8 +38,10 @@ class Budget(NamedTuple):
 
     def bound(self, rank: int) -> Bound:
         """The limits for the class of this rank."""
-        whole = Bound(self.requests, self.tokens)
-        return self.bounds[rank] if rank < len(self.bounds) else whole
+        if rank >= len(self.bounds):
+            return Bound(self.requests, self.tokens)
+        requests, tokens = self.bounds[rank]
+        return Bound(min(requests, self.requests), min(tokens, self.tokens))
 
 
 class Delivery(msgspec.Struct, frozen=True):

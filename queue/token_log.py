@@ -103,8 +103,6 @@ class Dispatched(NamedTuple):
     deaths: int = 0
 
 
-RESENDS = 2
-"""A restarted Redis costs two: one for the closed connection, one for the script it has forgotten."""
 KEEP_S = 5.0
 """What was appended in this time is appended again over a new connection. ``appendfsync everysec`` may lose two seconds
 (one, and one more while the disk is slow)."""
@@ -162,15 +160,11 @@ class TokenWriter:
             self._kept.clear()
 
     def _call(self, entries: Sequence[Append]) -> list[bytes]:
-        """Send it, again over a new connection or to a Redis that has yet to learn the script: sending an append twice
-        does no harm."""
-        for _ in range(RESENDS):
-            try:
-                return self._send(entries)
-            except redis.exceptions.NoScriptError:
-                self._exchange("SCRIPT", "LOAD", self._script)
-            except redis.ConnectionError as error:
-                log.info("token_log_reconnects", error=str(error))
+        """Send it, again over a new connection: sending an append twice does no harm."""
+        try:
+            return self._send(entries)
+        except redis.ConnectionError as error:
+            log.info("token_log_reconnects", error=str(error))
         return self._send(entries)
 
     def _send(self, entries: Sequence[Append]) -> list[bytes]:
@@ -180,7 +174,12 @@ class TokenWriter:
         return self._evaluate(entries)
 
     def _evaluate(self, entries: Sequence[Append]) -> list[bytes]:
-        answer = self._exchange("EVALSHA", self._sha, 0, *self._head, encode(entries), self._replica)
+        command = ("EVALSHA", self._sha, 0, *self._head, encode(entries), self._replica)
+        try:
+            answer = self._exchange(*command)
+        except redis.exceptions.NoScriptError:  # a restarted Redis has forgotten it
+            self._exchange("SCRIPT", "LOAD", self._script)
+            answer = self._exchange(*command)
         return cast(list[bytes], answer)
 
     def _exchange(self, *command: str | bytes | int) -> Any:

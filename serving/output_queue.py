@@ -52,8 +52,10 @@ class OutputQueue:
         return self._take()
 
     def get_nowait(self) -> Any:
-        """The next output, or None."""
-        return self._take() if self._outputs else None
+        """The next output, or None. An error is left to :meth:`get`, which lets out first what came before it."""
+        if not self._outputs or isinstance(self._outputs[0], Exception | _Failure):
+            return None
+        return self._take()
 
     @property
     def full(self) -> bool:

@@ -25,17 +25,16 @@ from penstock.queue.errors import (
 )
 from penstock.queue.mailbox import Mailbox
 from penstock.queue.messages import TERMINAL, Event, EventKind, Finish, Frame, Stage, StreamError, decode_events
-from penstock.queue.protocol import Bound, Budget, Delivery, RequestQueue
+from penstock.queue.protocol import Bound, Delivery, RequestQueue
 from penstock.queue.records import PriorityClass, now_ms
 from penstock.queue.registry import LEASE_S, Registry
 from penstock.queue.settings import RedisSettings
 from penstock.queue.token_log import Dispatched, DispatchStatus, RequestLog, emitted_tokens
 from penstock.workers.errand import Errand
+from penstock.workers.pull import OUTAGE_PAUSE_S, Puller
 from penstock.workers.routing import Router
 from penstock.workers.settings import WorkerSettings
 
-MAX_BATCH = 128
-"""Requests in one pull: one script call for them takes about a millisecond."""
 REFRESH_S = 0.25
 """How often leases and deadlines are looked at; an eighth of a lease."""
 RECONCILE_EVERY = 40
@@ -43,8 +42,6 @@ RECONCILE_EVERY = 40
 ever; one short read a request."""
 REPORT_S = 1.0
 """How often the backlog is published; admission is a safety net, and the autoscaler thinks in tens of seconds."""
-OUTAGE_PAUSE_S = 0.2
-"""Pause before a loop that met an unavailable broker or Redis tries again."""
 AMNESTY_S = LEASE_S
 """After Redis was away all leases have run out. Nobody is taken for dead before they could be renewed."""
 
@@ -81,7 +78,7 @@ class Dispatcher:
         self._uncompleted: list[Errand] = []
         self._judging_from = 0.0
         self._in_doubt = False
-        self._room = asyncio.Event()
+        self._puller = Puller(queue, self._bounds, self._admit)
         self._retry = asyncio.Event()
 
     async def run(self) -> None:
@@ -89,37 +86,11 @@ class Dispatcher:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow())
             tasks.create_task(self._watch())
-            tasks.create_task(self._pull())
+            tasks.create_task(self._puller.run())
             tasks.create_task(self._place_waiting())
             tasks.create_task(self._report())
 
     # -- queue to engines
-
-    async def _pull(self) -> None:
-        """New work, as much as there is room for; anew whenever there is room for a class that there was none for."""
-        while True:
-            self._room.clear()
-            bounds = self._bounds()
-            pulling = asyncio.create_task(self._pull_within(bounds)) if bounds[0].requests > 0 else None
-            try:
-                await self._until_more_room(bounds, pulling)
-            finally:
-                if pulling is not None:
-                    pulling.cancel()
-                    await asyncio.wait({pulling})
-
-    async def _until_more_room(self, bounds: tuple[Bound, ...], pulling: asyncio.Task[None] | None) -> None:
-        """Return when the pull is done, or may bring a class that it could not when it began."""
-        while True:
-            room = asyncio.create_task(self._room.wait())
-            await asyncio.wait({room, pulling} if pulling else {room}, return_when=asyncio.FIRST_COMPLETED)
-            room.cancel()
-            if pulling is not None and pulling.done():
-                pulling.result()
-                return
-            self._room.clear()
-            if any(now.requests > 0 >= then.requests for now, then in zip(self._bounds(), bounds, strict=True)):
-                return
 
     def _bounds(self) -> tuple[Bound, ...]:
         """Room by class. None for a class of which older work still waits for a replica, and for those below it."""
@@ -129,15 +100,6 @@ class Dispatcher:
 
     def _wants_room(self, errand: Errand) -> bool:
         return errand.ready and not self._router.isolated(errand)
-
-    async def _pull_within(self, bounds: tuple[Bound, ...]) -> None:
-        most = bounds[0]
-        try:
-            for delivery in await self._queue.pull(Budget(min(most.requests, MAX_BATCH), max(1, most.tokens), bounds)):
-                self._admit(delivery)
-        except TransientError as error:
-            log.warning("pull_paused", error=str(error))
-            await asyncio.sleep(OUTAGE_PAUSE_S)
 
     def _admit(self, delivery: Delivery) -> None:
         known = self._errands.get(delivery.record.id)
@@ -157,7 +119,7 @@ class Dispatcher:
                 await self._condemn(list(self._waiting.values()))
                 ready = [errand for errand in self._waiting.values() if errand.ready]
                 placed = self._place(sorted(ready, key=Errand.urgency))
-                self._room.set()
+                self._puller.look()
                 await self._dispatch(placed)
             except TransientError as error:
                 log.warning("dispatch_paused", error=str(error))
@@ -255,11 +217,23 @@ class Dispatcher:
 
     async def _handle(self, events: list[Event]) -> None:
         known = [(errand, event) for event in events if (errand := self._errands.get(event.id)) is not None]
-        await self._complete([errand for errand, event in known if event.kind is EventKind.DONE])
+        await self._complete(await self._ended([errand for errand, event in known if event.kind is EventKind.DONE]))
         for errand, event in known:
             if not errand.ended and errand.target:
                 self._moved(errand, event)
         self._wake()
+
+    async def _ended(self, errands: list[Errand]) -> list[Errand]:
+        """Those whose end stands. One that was delivered again may have been taken back after a cancellation: then
+        what was delivered again is to be run."""
+        again = {errand.id: errand.attempt for errand in errands if len(errand.deliveries) > 1}
+        if not again:
+            return errands
+        done = {event.id for event in await self._log.states(again) if event.kind is EventKind.DONE}
+        for errand in errands:
+            if errand.id in again.keys() - done and not errand.ended:
+                self._again(errand, "its end was taken back")
+        return [errand for errand in errands if errand.id not in again.keys() - done]
 
     def _moved(self, errand: Errand, event: Event) -> None:
         """It did not end, but may no longer be where it was. What an older attempt says is void."""
@@ -347,7 +321,7 @@ class Dispatcher:
 
     def _wake(self) -> None:
         """There may be room now."""
-        self._room.set()
+        self._puller.look()
         if self._waiting:
             self._retry.set()
 

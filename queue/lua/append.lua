@@ -81,7 +81,7 @@ for k, e in ipairs(batch) do
         post(frames, reader, '\146' .. cmsgpack.pack(id) .. frame)
       end
     end
-    if s[11] then -- it goes on in the replica it was handed to, which has read the other one's KV cache
+    if s[11] and not back then -- it goes on in the replica it was handed to, which has read the other one's KV cache
       redis.call('HDEL', req, 'source')
       if not final then tell(s[4], id, 'loaded', attempt, '') end
     end

@@ -100,7 +100,7 @@ def _json(body: bytes) -> Any:
         return {
             "error": {"message": body.decode("utf-8", "replace"), "type": "server_error", "param": None, "code": None}
         }
-    return value if b"\n" in body else msgspec.Raw(body)
+    return value if b"\n" in body or b"\r" in body else msgspec.Raw(body)
 
 
 def _counters(body: bytes) -> Counters:

@@ -66,7 +66,7 @@ async def _in_order(segments: list[Segment], objects: ObjectStore) -> AsyncItera
 
 
 def _parse(data: bytes) -> list[Row]:
-    split = (line.split(b" ", 2) for line in data.splitlines())
+    split = (line.split(b" ", 2) for line in data.removesuffix(b"\n").split(b"\n"))
     return [Row(int(index), kind, line) for index, kind, line in split]
 
 

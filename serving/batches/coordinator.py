@@ -79,21 +79,22 @@ class Coordinator:
 
     async def _advance(self) -> bool:
         """One step; False when there is nothing left to do."""
-        batch = await self._store.load(self._id)
-        if batch is None:
-            return False
         try:
-            step = self._steps().get(batch.status)
-            await (step or self._close)(batch)
-            return step is not None
-        except ObjectMissing:
-            log.error("input_lost", batch_id=self._id)
-            await self._end(batch, Status.FAILED, problems=encode_problems([INPUT_LOST]))
-            return True
+            batch = await self._store.load(self._id)
+            return batch is not None and await self._step(batch)
         except (TransientError, StorageFull) as error:
             log.warning("batch_waits", batch_id=self._id, error=str(error))
             await asyncio.sleep(RETRY_S)
             return True
+
+    async def _step(self, batch: Batch) -> bool:
+        step = self._steps().get(batch.status)
+        try:
+            await (step or self._close)(batch)
+        except ObjectMissing:
+            log.error("input_lost", batch_id=self._id)
+            await self._end(batch, Status.FAILED, problems=encode_problems([INPUT_LOST]))
+        return step is not None
 
     def _steps(self) -> dict[Status, Callable[[Batch], Awaitable[None]]]:
         return {
@@ -155,18 +156,15 @@ class Coordinator:
         tenant, slots, settings = batch.spec.tenant, self._parts.slots, self._parts.settings
 
         async def run(line: RawLine) -> None:
-            try:
-                answer = await runner.run(line)
-            finally:
-                slots.release(tenant)
-            results.add(answer)
+            results.add(await runner.run(line))
 
         ordered = in_prompt_order(self._lines(batch, done), settings.look_ahead_lines, settings.look_ahead_bytes)
         async with asyncio.TaskGroup() as group, aclosing(ordered):
             async for line in ordered:
                 await results.room()
                 await slots.acquire(tenant)
-                group.create_task(run(line))
+                running = group.create_task(run(line))
+                running.add_done_callback(lambda _: slots.release(tenant))  # also of one cancelled before it began
 
     async def _lines(self, batch: Batch, done: bytearray) -> AsyncIterator[RawLine]:
         """Lines of the input that are not finished."""

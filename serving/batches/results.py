@@ -26,7 +26,10 @@ SEGMENT_LINES = 500
 """Lines of a segment: few enough for a commit of a millisecond, many enough that a million lines make 2,000 objects."""
 SEGMENT_BYTES = 4 * 1024 * 1024
 FLUSH_S = 1.0
-"""How long a finished line may wait for others: what a watcher sees, and what a kill costs to read again."""
+"""How long a finished line may wait for others at first: what a watcher sees, and what a kill costs to read again."""
+FLUSHES = 60
+SLOWEST_FLUSH = 10
+"""After each so many commits it may wait a second longer, up to ten: a slow batch of a week leaves 60,000 segments."""
 ROOM = 4
 """Segments' worth of rows that may wait while the store is slow; then no new lines are begun."""
 RETRY_S = 1.0
@@ -50,6 +53,7 @@ class Results:
         self._objects = objects
         self._rows: list[Answer] = []
         self._bytes = 0
+        self._commits = 0
         self._sealed: tuple[Committed, bytes] | None = None
         self._ready = asyncio.Event()
         self._room = asyncio.Event()
@@ -67,10 +71,10 @@ class Results:
         await self._room.wait()
 
     async def keep_committing(self) -> None:
-        """Commit for ever: a full segment at once, others after :data:`FLUSH_S`. Raises :class:`LeaseLost`."""
+        """Commit for ever: full segments at once, others in time. Raises :class:`LeaseLost`."""
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(FLUSH_S):
+                async with asyncio.timeout(FLUSH_S * min(1 + self._commits // FLUSHES, SLOWEST_FLUSH)):
                     await self._ready.wait()
             await self.commit()
 
@@ -93,6 +97,7 @@ class Results:
                 log.warning("commit_waits", batch_id=self._batch_id, error=str(error))
                 await asyncio.sleep(RETRY_S)
         self._sealed = None
+        self._commits += 1
         for name in ("completed", "failed"):
             LINES.labels(name).inc(getattr(committed.counters, name))
 

@@ -73,7 +73,7 @@ class BatchesApp:
         elif place is not None and method == ("POST" if place["cancel"] else "GET"):
             batch = await self._store.find(tenant_of(scope), place["id"])
             await send_object(send, (await self._cancel(batch) if place["cancel"] else batch).to_openai())
-        elif path == PREFIX or place is not None:
+        elif (path == PREFIX or place is not None) and method != "OPTIONS":
             raise MethodNotAllowed(f"{method} is not offered for {path}.")
         else:
             await self._app(scope, receive, send)

@@ -19,7 +19,7 @@ class FairSlots:
 
     async def acquire(self, tenant: str) -> None:
         """Wait for a slot."""
-        if self._free and not self._waiting:
+        if self._free:
             self._take(tenant)
             return
         turn = asyncio.get_running_loop().create_future()
@@ -27,10 +27,8 @@ class FairSlots:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if not turn.cancelled():
                 self.release(tenant)  # it had just been given
-            else:
-                self._forget(tenant, turn)
             raise
 
     def release(self, tenant: str) -> None:
@@ -39,7 +37,7 @@ class FairSlots:
         self._taken[tenant] -= 1
         if self._taken[tenant] <= 0:
             del self._taken[tenant]
-        if self._waiting:
+        while self._free and self._waiting:
             self._give(min(self._waiting, key=lambda name: self._taken[name]))
 
     def _give(self, tenant: str) -> None:
@@ -47,15 +45,10 @@ class FairSlots:
         turn = turns.popleft()
         if turns:
             self._waiting[tenant] = turns  # behind the others that have as few
-        self._take(tenant)
-        turn.set_result(None)
+        if not turn.cancelled():
+            self._take(tenant)
+            turn.set_result(None)
 
     def _take(self, tenant: str) -> None:
         self._free -= 1
         self._taken[tenant] += 1
-
-    def _forget(self, tenant: str, turn: asyncio.Future[None]) -> None:
-        turns = self._waiting[tenant]
-        turns.remove(turn)
-        if not turns:
-            del self._waiting[tenant]

@@ -29,6 +29,8 @@ from penstock.serving.files.index import read_page
 LEASE_S = 5.0
 """How long a coordinator may be silent: longer than a pause of its process that passes, short enough to be taken over
 within seconds."""
+LONGEST_LIFE_S = 8 * 86_400
+"""No batch is worked on for longer: windows end after seven days."""
 _COUNTERS = frozenset(Counters.__struct_fields__)
 
 
@@ -182,11 +184,13 @@ class BatchStore:
         return [msgspec.msgpack.decode(entry, type=Segment) for entry in entries]
 
     async def close(self, spec: BatchSpec, retention_s: int) -> None:
-        """Nothing is left to do: forget everything but the batch itself, and that in time."""
+        """Nothing is left to do: forget everything but the batch itself, and that in time, as its elders by now."""
         pipeline = self._client.pipeline()
         pipeline.delete(*(self._key(spec.id, part) for part in ("done", "segments")))
         pipeline.expire(self._key(spec.id), retention_s)
         pipeline.srem(self._open, f"{spec.tenant}/{spec.id}")
+        elders = spec.created_ms - (retention_s + LONGEST_LIFE_S) * 1000
+        pipeline.zremrangebyscore(f"{self._ns}batches:{spec.tenant}", 0, elders)
         with store_errors():
             await pipeline.execute()
 

@@ -55,8 +55,9 @@ class Leaving:
         for attempt in range(1, TRIES + 1):
             ids = [id_ for id_ in due if not self._read_here(id_)]
             try:
-                unread = await self._readers.detach(ids)
-                await self._readers.cancel([id_ for id_ in unread if due[id_]])
+                unread = await self._readers.detach(ids) if ids else []
+                if stopped := [id_ for id_ in unread if due[id_]]:
+                    await self._readers.cancel(stopped)
             except StoreUnavailable as error:
                 log.warning("detach_failed", requests=len(ids), attempt=attempt, error=str(error))
                 await asyncio.sleep(RETRY_S)

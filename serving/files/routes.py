@@ -66,7 +66,7 @@ class FilesApp:
             await self._list(scope, send)
         elif (place := _FILE.fullmatch(path)) is not None and method in {"GET", "DELETE"}:
             await self._one(scope, place, send)
-        elif path == PREFIX or place is not None:
+        elif (path == PREFIX or place is not None) and method != "OPTIONS":
             raise MethodNotAllowed(f"{method} is not offered for {path}.")
         else:
             await self._app(scope, receive, send)

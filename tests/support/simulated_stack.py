@@ -35,10 +35,12 @@ MODEL = "penstock-demo"
 POOL = "default"
 ENGINE_START_S = 60.0
 """A simulated engine is up in a second or two, on a machine that does nothing else."""
-INGRESS_START_S = 300.0
+INGRESS_START_S = 600.0
 """An ingress imports vLLM: 15 s alone, minutes beside others on two cores."""
 LIMITS = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "num_gpu_blocks_override": 8192, "block_size": 16}
 """Room for 64 streams a replica, so that one survivor can carry what two did."""
+REAL = {"max_num_seqs": 64}
+"""Engine arguments of real engines: as many streams."""
 STEPS = "h100/llama3.1-8b"
 """7 ms a step: an answer of 512 tokens takes four seconds, in which a good deal can be killed."""
 
@@ -212,7 +214,7 @@ class SimulatedStack:
             "PENSTOCK_MODEL_PATH": str(demo_model_path()),
             "PENSTOCK_MODEL_NAME": MODEL,
             "PENSTOCK_MODEL_MAX_MODEL_LEN": "4096",
-            "PENSTOCK_MODEL_ENGINE_ARGS": json.dumps(shape.limits if shape.engine == "simulated" else {}),
+            "PENSTOCK_MODEL_ENGINE_ARGS": json.dumps(shape.limits if shape.engine == "simulated" else REAL),
             "PENSTOCK_MODEL_DTYPE": "float32",
             "PENSTOCK_WORKERS_ENGINE": shape.engine,
             "PENSTOCK_WORKERS_STEP_PROFILE": shape.profile,

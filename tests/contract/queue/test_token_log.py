@@ -368,7 +368,9 @@ async def test_cancellation_follows_a_hand_over(store: Store) -> None:
 async def test_dispatch_numbers_attempts_and_runs(store: Store) -> None:
     assert await store.dispatch("r", "a") == (OK, 1, 0, "a", 1, 0)
     assert await store.dispatch("r", "b", force=True) == (OK, 2, 0, "b", 2, 0)
-    assert [got.attempt for got in store.inbox("a") + store.inbox("b")] == [1, 2]
+    assert [got.attempt for got in store.inbox("b")] == [2]
+    run, abort = store.inbox("a")
+    assert (run.attempt, abort) == (1, Inbound(0, Abort(["r"]))), "the first is told to stop"
 
 
 async def test_living_replica_is_adopted(store: Store, wire: Wire) -> None:

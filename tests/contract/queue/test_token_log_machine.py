@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.contract
 
 REQUESTS = ["r0", "r1"]
 REPLICAS = ["p", "q"]
+READ_S = 20
 ENDS = {
     Finish.ABORT: Frame(TERMINAL, [], finish=Finish.ABORT),
     Finish.ERROR: Frame(TERMINAL, [], finish=Finish.ERROR, error=StreamError("failed", "no")),
@@ -47,10 +49,16 @@ class Feed:
 
     def __init__(self, payloads: list[bytes]) -> None:
         self._payloads = payloads
+        self._wakes: asyncio.Queue[bytes] = asyncio.Queue()
 
     async def messages(self) -> AsyncIterator[bytes | None]:
         for payload in [*self._payloads, None]:
             yield payload
+        while True:
+            yield await self._wakes.get()
+
+    async def wake(self) -> None:
+        self._wakes.put_nowait(b"")
 
 
 class TokenLogMachine(RuleBasedStateMachine):
@@ -195,9 +203,11 @@ class TokenLogMachine(RuleBasedStateMachine):
 
     async def follow(self, reader: TokenReader) -> None:
         seen: dict[str, list[Frame]] = {request: [] for request in REQUESTS}
-        async for batch in reader.batches():
-            for item in batch:
-                seen[item.id].append(item.frame)
+        total = sum([len(await self.log.read(request)) for request in REQUESTS])
+        async with asyncio.timeout(READ_S), aclosing(reader.batches()) as batches:
+            while sum(map(len, seen.values())) < total:
+                for item in await anext(batches):
+                    seen[item.id].append(item.frame)
         for request, expected in self.model.items():
             self.check(request, expected, seen[request])
 

@@ -165,9 +165,7 @@ async def test_a_cancelled_batch_delivers_what_finished(server: BatchServer) -> 
     assert sorted(ids(errors)) == sorted(f"s{i}" for i in range(300))
     assert all(row["response"] is None and row["error"]["code"] == "batch_cancelled" for row in errors)
     assert None not in (batch.cancelling_at, batch.cancelled_at)
-    assert (
-        len(server.fleet.stopped) == 216
-    )  # of the 256 under way, those that had not finished: the fleet is free again
+    assert len(server.fleet.stopped) == 256  # as many as may be under way: the fleet is free again
 
 
 async def test_cancelling_before_it_began(redis_server: RedisServer, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +302,23 @@ async def _check_ended_once(bench: Bench, status: Status, code: str) -> None:
     assert (batch.counters.completed, batch.counters.failed) == (len(output), len(errors))
     assert set(bench.fleet.runs.values()) <= {1}
     await bench.check_clean(batch)
+
+
+async def test_no_slot_is_lost_however_it_ends(bench: Bench) -> None:
+    """Slots are shared by all batches of an ingress: one that is cancelled gives back all it had."""
+    chance = random.Random(9)
+    parts = bench.parts()
+    for _ in range(20):
+        await bench.begin()
+        bench.fleet.answer = _until(asyncio.Event(), chance.randint(0, LINES))
+        await bench.client.delete(f"{bench.settings.namespace}batch:{bench.spec.id}:lease")
+        assert await parts.store.acquire(bench.spec.id, "one")
+        running = asyncio.create_task(Coordinator(bench.spec.id, "one", replace(parts, backend=bench.fleet)).run())
+        await asyncio.wait([running], timeout=chance.random() * 0.05)
+        running.cancel()
+        await asyncio.wait([running])
+        async with asyncio.timeout(5):
+            for _ in range(16):
+                await parts.slots.acquire("t")
+        for _ in range(16):
+            parts.slots.release("t")

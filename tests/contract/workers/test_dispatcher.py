@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from penstock.queue.messages import TERMINAL, Finish, Frame
+from penstock.queue.messages import TERMINAL, Event, EventKind, Finish, Frame
 from penstock.queue.records import PriorityClass, now_ms
 from penstock.workers.simulated.tokens import expected_tokens
 from tests.contract.workers.cluster import Cluster, Worker
@@ -113,6 +113,22 @@ async def test_same_request_published_twice(mixed: Cluster) -> None:
     await mixed.completes(record)
     await mixed.drained()
     assert await mixed.field(record, "runs") == "1"
+
+
+async def test_published_again_before_its_end_was_noticed(mixed: Cluster) -> None:
+    """[I1] A cancelled request was taken back and published anew: the news of its first end must not finish that."""
+    worker = mixed.add(held=True)
+    running = mixed.dispatch()
+    record = await mixed.send()
+    await mixed.running_on(record, worker)
+    await mixed.queue.publish(record)
+    errand = running.dispatcher._errands[record.id]
+    await mixed.until(lambda: len(errand.deliveries) == 2, "it was delivered again")
+    await mixed.log.reset([record.id])
+    await running.dispatcher._handle([Event(record.id, EventKind.DONE, 1)])
+    worker.engine.allow()
+    await mixed.completes(record)
+    await mixed.drained()
 
 
 async def test_cancelled_in_the_queue(mixed: Cluster) -> None:

@@ -9,6 +9,7 @@ import pytest
 from penstock.serving.durable.bodies import as_stream, following, for_handler, previous_response
 from penstock.serving.durable.draws import Draws
 from penstock.serving.durable.requests import digest_of
+from penstock.serving.edge.intake import count_prompts, read_n, read_peek
 
 pytestmark = pytest.mark.unit
 
@@ -68,3 +69,22 @@ def test_previous_response() -> None:
 
 def test_digests_tell_paths_and_bodies_apart() -> None:
     assert len({digest_of("/a", b"x"), digest_of("/a", b"y"), digest_of("/b", b"x"), digest_of("/a", b"x")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"{}", (1, 1)),
+        (b'{"n": 3, "prompt": "x"}', (3, 1)),
+        (b'{"prompt": ["a", "b"]}', (1, 2)),
+        (b'{"prompt": [1, 2, 3]}', (1, 1)),
+        (b'{"prompt": [[1], [2], [3]]}', (1, 3)),
+        (b'{"prompt": []}', (1, 1)),
+        (b'{"n": "two"}', (1, 1)),
+        (b'{"n": -1}', (1, 1)),
+        (b'{"n": null}', (1, 1)),
+    ],
+)
+def test_choices_of_a_body(body: bytes, expected: tuple[int, int]) -> None:
+    peek = read_peek(body)
+    assert (read_n(peek.n), count_prompts(peek.prompt)) == expected

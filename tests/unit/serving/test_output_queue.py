@@ -47,8 +47,9 @@ async def test_an_error_comes_after_what_was_there() -> None:
     queue.put(output(2))
     await queue.get()
     assert not told
+    assert queue.get_nowait() is None
     with pytest.raises(ValueError, match="no"):
-        queue.get_nowait()
+        await queue.get()
     assert told == ["told"]
 
 
@@ -73,3 +74,21 @@ async def test_ids_are_drawn_for_the_choice_that_is_rendered() -> None:
     queue.put(output(1, index=2))
     await queue.get()
     assert context.draws.track == 2
+
+
+async def test_what_was_rendered_leaves_before_the_handler_waits_or_fails() -> None:
+    context = RequestContext("acme", "k", PriorityClass.STANDARD, "x", 0, "/v1/chat/completions")
+    enter(context)
+    queue, seen = new_queue(), []
+
+    async def flush() -> None:
+        seen.append("flushed")
+
+    context.pace.before_waiting = flush
+    queue.put(output(1))
+    queue.fail(ValueError("no"), lambda: seen.append("told"))
+    assert queue.get_nowait() is not None
+    assert seen == []
+    with pytest.raises(ValueError, match="no"):
+        await queue.get()
+    assert seen == ["flushed", "told"]

@@ -67,3 +67,21 @@ def test_cancelled_or_not_every_slot_comes_back(count: int, workers: list[tuple[
             await asyncio.wait_for(slots.acquire("d"), 1)
 
     asyncio.run(run())
+
+
+def test_who_is_cancelled_while_waiting_gets_nothing() -> None:
+    async def run() -> None:
+        slots = FairSlots(1)
+        await slots.acquire("a")
+        waiting = [asyncio.create_task(slots.acquire("a")) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()  # and before it notices, the slot comes back
+        slots.release("a")
+        await asyncio.wait_for(waiting[1], 1)
+        assert waiting[0].cancelled()
+        waiting[2].cancel()
+        await asyncio.wait([waiting[2]])
+        slots.release("a")
+        await asyncio.wait_for(slots.acquire("b"), 1)
+
+    asyncio.run(run())

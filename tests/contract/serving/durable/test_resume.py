@@ -118,9 +118,11 @@ def test_a_killed_ingress_costs_no_byte(stack: SimulatedStack, http: httpx.Clien
         following = [pool.submit(follow) for _ in range(8)]
         started.wait(PATIENCE_S)
         stack.kill(victim)
-        for one in following:
-            one.result()
-    stack.heal()
+        try:
+            for one in following:
+                one.result()
+        finally:
+            stack.heal()
     successor = next(url for url in stack.urls if url != survivor.url)
     for part in parts:
         assert not part.body.endswith(b"data: [DONE]\n\n")

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from penstock.queue.redis_client import connect
-from tests.contract.serving.test_resume import CHAT, chat
+from tests.contract.serving.durable.test_resume import CHAT, chat
 from tests.support.simulated_stack import SimulatedStack
 from tests.support.sse import Answer, opened, read
 

@@ -22,7 +22,7 @@ from penstock.serving.durable.bodies import for_handler
 from penstock.serving.durable.requests import StoredRequest
 from penstock.serving.durable.store import RequestStore
 from penstock.workers.demo_model import demo_model_path
-from tests.contract.serving.test_resume import again
+from tests.contract.serving.durable.test_resume import again
 from tests.support.simulated_stack import MODEL, SimulatedStack
 
 pytestmark = [pytest.mark.contract, pytest.mark.timeout(700)]
@@ -86,6 +86,7 @@ async def write(stack: SimulatedStack, stored: StoredRequest, logs: list[list[Fr
         await client.set(f"{settings.namespace}replica:scripted", b"1", ex=60)
         work = [Dispatch(id_, 0, "nobody", "scripted", lua_string(encode({})), "t") for id_ in stored.record_ids]
         await RequestLog(client, settings).dispatch("nobody", work)
+        await client.delete(f"{settings.namespace}replica:scripted")
     with connect(settings) as blocking:
         writer = TokenWriter(blocking, settings)
         for id_, frames in zip(stored.record_ids, logs, strict=True):
