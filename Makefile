@@ -35,7 +35,7 @@ MIXED ?=
 PORT ?=
 export ONCE PROMPT MODEL QUEUE PREFILL DECODE MIXED PORT
 
-.PHONY: help demo test check unit bench bench-quick bench-scale bench-report bench-venv chaos demo-model clean
+.PHONY: help demo test test-tools check unit bench bench-quick bench-scale bench-report bench-venv chaos demo-model clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/\1\t/' | expand -t 16
@@ -65,6 +65,10 @@ check: $(DEV_READY)  ## format, lint, types, import rules
 
 unit: $(DEV_READY)  ## the fast tests
 	$(BIN)/pytest -m unit
+
+test-tools: $(DEV_READY)  ## build the S3 server and the fault proxy that some tests need (Go); without them these are skipped
+	GOBIN=$(HOME)/.cache/penstock/bin go install github.com/versity/versitygw/cmd/versitygw@v1.8.0
+	$(BIN)/python -c "from tests.support.fault_proxy import toxiproxy; toxiproxy()"
 
 test: check  ## everything: checks, then all test tiers
 	$(BIN)/pytest
@@ -101,5 +105,5 @@ demo-model: $(DEV_READY)  ## train the demo model again (after a change of worke
 	$(BIN)/python -m penstock.workers.demo_model.evaluate
 
 clean:  ## remove the virtual environment and what builds and tests left
-	rm -rf $(VENV) .links build dist *.egg-info results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-bench .links build dist *.egg-info results .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,6 +20,7 @@ COMMANDS = {
     "keys": "Create, list and revoke API keys.",
     "queue": "Look into the queue.",
     "dead-letters": "List, show, retry and drop requests that were given up.",
+    "bench": "Compare benchmark results.",
     "config": "Print the effective settings, their names and where each comes from.",
 }
 """Name -> what ``--help`` says. The module is ``penstock.serving.cli.<name>_command``, the command its

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -119,6 +120,8 @@ class LoadGenerator:
         assert stdout is not None
         if line := stdout.readline():
             return line
+        with suppress(subprocess.TimeoutExpired):
+            self._open.wait(STOP_TIMEOUT_S)  # its last words come after the end of its answers
         tail = self._log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         raise LoadError("the load generator ended:\n" + "\n".join(tail))
 

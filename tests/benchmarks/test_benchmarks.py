@@ -228,7 +228,7 @@ def test_a_trace_is_cut_and_its_lengths_divided() -> None:
 
 def test_prompts_of_a_trace_share_whole_blocks_only() -> None:
     """A block of 512 tokens is one of 32 here: a prompt of 100 has three."""
-    assert [arrival.blocks for arrival in scaled(ROWS)] == [[1, 2, 3], [1, 2, 3, 4], []]
+    assert [arrival.blocks for arrival in scaled(ROWS)] == [(1, 2, 3), (1, 2, 3, 4), ()]
 
 
 def test_a_replay_offers_a_share_of_what_was_measured() -> None:
@@ -237,6 +237,7 @@ def test_a_replay_offers_a_share_of_what_was_measured() -> None:
     assert [arrival.at_s for arrival in workload.arrivals] == [0.0, 4.0, 4.0 / LOAD]
     assert workload.open_loop
     assert workload.prompt_lens == [100, LONGEST_PROMPT, SHORTEST]
+    assert hash(workload) == hash(replay(scaled(ROWS), capacity_s=4.0))  # prompts are remembered by workload
     closed = capacity_run(scaled(ROWS))
     assert not closed.open_loop
     assert closed.requests == 3

@@ -59,7 +59,7 @@ def _arrival(row: Mapping[str, str], first_s: float) -> Arrival:
         at_s=float(row["timestamp_s"]) - first_s,
         prompt_tokens=prompt,
         output_tokens=max(SHORTEST, int(row["output_tokens"]) // LENGTH_DIVISOR),
-        blocks=[int(block) for block in row["hash_ids"].split()[:whole_blocks]],
+        blocks=tuple(int(block) for block in row["hash_ids"].split()[:whole_blocks]),
     )
 
 
@@ -83,7 +83,7 @@ def _workload(name: str, arrivals: Sequence[Arrival], *, open_loop: bool) -> Wor
         prompt_tokens=0,
         output_tokens=0,
         requests=len(arrivals),
-        arrivals=list(arrivals),
+        arrivals=tuple(arrivals),
         block_tokens=TRACE_BLOCK_TOKENS // LENGTH_DIVISOR,
         open_loop=open_loop,
     )

@@ -14,7 +14,7 @@ class Arrival(msgspec.Struct, frozen=True):
     at_s: float
     prompt_tokens: int
     output_tokens: int
-    blocks: list[int] = []
+    blocks: tuple[int, ...] = ()
 
 
 class Workload(msgspec.Struct, frozen=True):
@@ -30,7 +30,7 @@ class Workload(msgspec.Struct, frozen=True):
     output_tokens: int
     requests: int
     shared_tokens: int = 0
-    arrivals: list[Arrival] = []
+    arrivals: tuple[Arrival, ...] = ()
     block_tokens: int = 0
     open_loop: bool = False
 

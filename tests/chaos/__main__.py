@@ -20,6 +20,8 @@ from tests.chaos.rows import ROWS
 from tests.chaos.stacks import Stacks
 
 RESULTS = Path("results/chaos")
+REAL = 2
+"""Prefill and decode replicas of real engines, which take 2 GB and a core each: one to kill and one to stand by."""
 WIDTH = 160
 """Columns of a report that goes to a file."""
 
@@ -60,7 +62,9 @@ def chaos(scale: str, short: bool, seed: int | None, names: tuple[str, ...], eng
 def _play(row: Row, stacks: Stacks, scale: Scale, seed: int, engine: str, console: Console) -> Outcome:
     try:
         with console.status(f"{row.fault}: starting") as status:
-            stack = stacks.of(replace(row.shape, engine=engine))
+            stack = stacks.of(
+                row.shape if engine == "simulated" else replace(row.shape, engine=engine, prefill=REAL, decode=REAL)
+            )
             return asyncio.run(play(row, stack, scale, seed, lambda text: status.update(f"{row.fault}: {text}")))
     except ServerError as error:
         raise click.ClickException(str(error)) from error

@@ -121,6 +121,7 @@ class Clients:
         async with sent as response:
             if response.status_code != 200:
                 text = (await response.aread()).decode(errors="replace")
+                assert response.status_code >= 500, f"{response.status_code} {text}"  # else it will not get better
                 raise httpx.ReadError(f"{response.status_code} {text}")
             answer.stream_id = response.headers["x-stream-id"]
             await _take(response, answer, until)

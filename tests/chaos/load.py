@@ -294,7 +294,7 @@ class Load:
 
     async def dead_letters(self, limit: int) -> list[DeadLetter]:
         """What the queue has given up."""
-        letters: list[DeadLetter] = await self.queue.dead_letters(limit)  # type: ignore[attr-defined]
+        letters: list[DeadLetter] = await self.queue.dead_letters(limit)
         return letters
 
     async def depth(self) -> int:

@@ -88,15 +88,15 @@ class Round:
         try:
             await self._whichever(running, faults(load))
             load.stop()
-            await self.soon(lambda: self._over(running), DRAIN_S)  # what is still open then counts as lost
+            await self.soon(lambda: self._over(running, load), DRAIN_S)  # what is still open then counts as lost
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
-    async def _over(self, running: asyncio.Task[None]) -> bool:
+    async def _over(self, running: asyncio.Task[None], load: Load) -> bool:
         if not self.restarts:
             self.stack.assert_alive()
-        return running.done()
+        return running.done() and all(stream.ended.is_set() for stream in load.open.values())
 
     @staticmethod
     async def _whichever(running: asyncio.Task[None], faults: Any) -> None:

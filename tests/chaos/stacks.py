@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,30 +11,28 @@ from tests.support.simulated_stack import Shape, SimulatedStack
 
 
 class Stacks:
-    """``with Stacks() as stacks: stacks.of(shape)``."""
+    """``with Stacks(folder) as stacks: stacks.of(shape)``; ``folder`` gets the logs, a folder a deployment."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder or Path(tempfile.mkdtemp(prefix="chaos"))
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._stack: SimulatedStack | None = None
+        self._running = ExitStack()
         self._count = 0
 
     def of(self, shape: Shape) -> SimulatedStack:
-        """A healthy stack of this shape."""
+        """A healthy deployment of this shape."""
         if self._stack is not None and self._stack.shape == shape:
             self._stack.heal()
             return self._stack
         self.close()
         self._count += 1
-        stack = SimulatedStack(self._folder / str(self._count), shape)
-        with_all = stack.__enter__()
-        self._stack = with_all
-        return with_all
+        self._stack = self._running.enter_context(SimulatedStack(self._folder / str(self._count), shape))
+        return self._stack
 
     def close(self) -> None:
         """Stop what runs."""
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.stop()
+        self._stack = None
+        self._running.close()
 
     def __enter__(self) -> Self:
         return self

@@ -63,6 +63,7 @@ def _environment(redis: RedisServer, folder: Path) -> dict[str, str]:
         "PENSTOCK_WORKERS_DISPATCHERS": "1",
         "PENSTOCK_INGRESS_TOOL_CALL_PARSER": "hermes",
         "PENSTOCK_INGRESS_MAX_BODY_BYTES": str(1024 * 1024),
+        "PENSTOCK_FILES_ROOT": str(folder / "files"),
         "PENSTOCK_RAY_TEMP": str(folder / "ray"),
         "RAY_DEDUP_LOGS": "0",
     }

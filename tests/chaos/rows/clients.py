@@ -163,7 +163,7 @@ async def _disturbed(
     async def client(number: int) -> None:
         turn = 0
         while not over.is_set():
-            key = f"{round_.outcome.seed}-{number}-{turn}" if number % 2 else ""
+            key = f"{round_.outcome.row}-{round_.outcome.seed}-{number}-{turn}" if number % 2 else ""
             answer = Answer(bodies[number], key)
             answers.append(answer)
             await clients.read(answer)
