@@ -65,7 +65,8 @@ class Dispatch(NamedTuple):
     """One request for one replica's inbox; ``next`` is how many tokens of it the dispatcher has seen in the log.
 
     ``force`` takes it away from a replica that still looks alive. ``attempt`` and ``deaths`` are those the dispatcher
-    knows of; with deaths behind it, it is under suspicion until the log holds ``probation`` tokens.
+    knows of; with deaths behind it, it is under suspicion until the log holds ``probation`` tokens. ``alone``: nothing
+    else is put on this replica meanwhile.
     """
 
     id: str
@@ -78,6 +79,7 @@ class Dispatch(NamedTuple):
     attempt: int = 0
     deaths: int = 0
     probation: int = 0
+    alone: bool = False
 
 
 class DispatchStatus(StrEnum):

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from penstock.queue.errors import PenstockError
 from penstock.queue.messages import StreamError
@@ -41,6 +42,16 @@ class Pace:
     yet."""
 
     before_waiting: Callable[[], Awaitable[None]] | None = None
+
+
+class Seen(NamedTuple):
+    """Events a client has: how many (of each choice), and their checksum where it is known."""
+
+    counts: tuple[int, ...] = ()
+    checksum: int | None = None
+
+
+NOTHING_SEEN = Seen()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +94,8 @@ class RequestContext:
     draws: Draws = field(default_factory=Draws)
     """Where ids in the answer come from."""
     pace: Pace = field(default_factory=Pace)
-    skip: tuple[int, ...] | None = None
-    """Events the client has already (of each choice); None: events are not numbered."""
+    skip: Seen | None = None
+    """What the client has already; None: events are not numbered."""
 
 
 _current: ContextVar[RequestContext] = ContextVar("penstock_request")

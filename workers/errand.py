@@ -27,7 +27,8 @@ class Errand:
     ``deliveries`` are several when the queue delivered it again, or holds it twice. ``target`` is the replica whose
     inbox gets it; ``decode`` the replica that generates (the same, unless it goes through the prefill pool first);
     ``source`` the prefill replica whose KV cache ``decode`` has yet to read. All are empty while it waits. ``deaths``
-    counts the replicas that died or failed with it since it last got on well; those that failed are in ``avoid``.
+    counts the replicas that died or failed with it since it last got on well; those that failed are in ``avoid``;
+    ``alone`` that it has its target for itself.
     """
 
     def __init__(self, delivery: Delivery) -> None:
@@ -43,6 +44,7 @@ class Errand:
         self.target = ""
         self.decode = ""
         self.source = ""
+        self.alone = False
         self._not_before = 0.0
         self._continuable = continuable(self.record.sampling)
         self._encoded = encode_record(_for_engine(self.record))
@@ -117,6 +119,7 @@ class Errand:
             self.attempt,
             self.deaths,
             len(self.emitted) + PROBATION_TOKENS,
+            self.alone,
         )
 
 

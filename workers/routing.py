@@ -68,12 +68,14 @@ class Router:
             return False
         self._take(errand, seat, seat)
         seat.guest = errand.id
+        errand.alone = True
         return True
 
     def _take(self, errand: Errand, decode: Seat, target: Seat) -> None:
         decode.take(errand.id, errand.kv_tokens, errand.record.prefix_hashes)
         errand.stage = Stage.WHOLE if target is decode else Stage.PREFILL
         errand.target, errand.decode = target.replica.id, decode.replica.id
+        errand.alone = False
 
     def _needs_prefill_pool(self, errand: Errand, cached: int) -> bool:
         """Not for what decode computes in the gap between two steps, nor for prompt log probabilities, which must come

@@ -29,6 +29,11 @@ local function publish(box)
   end
 end
 
+local function release(id)
+  local guest = ns .. 'guest:' .. (writer or '')
+  if redis.call('GET', guest) == id then redis.call('DEL', guest) end
+end
+
 local function hand_over(req, id, attempt, fence, replica, work, final, cancelled, dispatcher)
   if redis.call('EXISTS', ns .. 'replica:' .. replica) == 1 then
     local inbox = ns .. 'inbox:' .. replica
@@ -92,11 +97,13 @@ for k, e in ipairs(batch) do
       redis.call('PEXPIRE', tok, retention)
       redis.call('PEXPIRE', ns .. 'http:' .. string.match(id, '[^:]*'), retention)
       tell(s[4], id, 'done', attempt, '')
+      if s[9] then release(id) end
     else
       redis.call('HSET', req, 'next', next)
       if index == 0 then redis.call('PEXPIRE', tok, lifetime) end
       if s[9] and next >= tonumber(s[9]) then -- it survived what it was suspected of
         redis.call('HDEL', req, 'probation', 'deaths')
+        release(id)
         tell(s[4], id, 'cleared', attempt, '')
       end
     end

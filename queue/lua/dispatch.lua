@@ -1,15 +1,19 @@
 -- Give requests to replicas, each with the next attempt.
 -- ARGV: namespace, lifetime (ms), dispatcher channel, msgpack array of
---       [id, next, reply_to, replica, work, tenant, force, known attempt, known deaths, probation]
+--       [id, next, reply_to, replica, work, tenant, force, known attempt, known deaths, probation,
+--       alone]
 -- Returns per entry [status, attempt, next, replica, runs, deaths]. `runs` counts the replicas it was given to so far,
 -- `deaths` those that ended while they had it, since it last got beyond the position `probation`.
 --   ok         the work is in the replica's inbox under this attempt
 --   adopted    another dispatcher gave it to a replica that is alive: we only watch it from now on (unless `force`)
 --   emitted    the log holds `next` tokens, or knows of other deaths, than the dispatcher said: read, then dispatch
 --              again (older attempts are fenced already)
---   done       the log holds the end;  cancelled  nobody wants it;  no_replica  the replica is gone
+--   done       the log holds the end;  cancelled  nobody wants it
+--   no_replica the replica is gone, or another request has it for itself: one near its last death is dispatched `alone`,
+--              and no dispatcher puts others beside it until it has got on well or ended
 -- A Redis that lost its last second forgot attempts it gave out: the next one is above the dispatcher's too.
 local ns, lifetime, dispatcher = ARGV[1], ARGV[2], ARGV[3]
+local alone_ms = 60000 -- what kills an engine does so at its first steps; the longest prefill takes less
 local time = redis.call('TIME')
 local fence = time[1] % 1000000 * 1000 + math.floor(time[2] / 1000) + 1
 
@@ -25,7 +29,12 @@ local function readers(list, reply_to)
   return list and list .. ' ' .. reply_to or reply_to
 end
 
-local function dispatch(id, expected, reply_to, replica, work, tenant, force, known, suspected, probation)
+local function taken(replica, id)
+  local guest = redis.call('GET', ns .. 'guest:' .. replica)
+  return guest and guest ~= id
+end
+
+local function dispatch(id, expected, reply_to, replica, work, tenant, force, known, suspected, probation, alone)
   local req = ns .. 'req:' .. id
   local s = redis.call('HMGET', req, 'done', 'cancelled', 'next', 'reply_to', 'replica', 'attempt', 'lost', 'runs',
     'deaths')
@@ -38,7 +47,7 @@ local function dispatch(id, expected, reply_to, replica, work, tenant, force, kn
     redis.call('HSET', req, 'dispatcher', dispatcher, 'reply_to', readers(s[4], reply_to))
     return {'adopted', stored, next, s[5], runs, deaths}
   end
-  if not alive(replica) then return {'no_replica', 0, next, '', runs, deaths} end
+  if not alive(replica) or taken(replica, id) then return {'no_replica', 0, next, '', runs, deaths} end
   if s[5] and not s[7] and not runs_there and redis.call('EXISTS', ns .. 'left:' .. s[5]) == 0 then
     deaths = deaths + 1
   end
@@ -53,6 +62,7 @@ local function dispatch(id, expected, reply_to, replica, work, tenant, force, kn
   if next ~= expected or deaths ~= suspected then return {'emitted', attempt, next, '', runs, deaths} end
   redis.call('HSET', req, 'replica', replica, 'runs', runs + 1)
   if deaths > 0 then redis.call('HSET', req, 'probation', probation) end
+  if alone then redis.call('SET', ns .. 'guest:' .. replica, id, 'PX', alone_ms) end
   redis.call('XADD', ns .. 'inbox:' .. replica, '*', 'w',
     '\147' .. cmsgpack.pack(attempt) .. work .. cmsgpack.pack(fence))
   return {'ok', attempt, next, replica, runs + 1, deaths}
@@ -60,6 +70,6 @@ end
 
 local result = {}
 for k, e in ipairs(cmsgpack.unpack(ARGV[4])) do
-  result[k] = dispatch(e[1], e[2], e[3], e[4], e[5], e[6], e[7], e[8] or 0, e[9] or 0, e[10] or 0)
+  result[k] = dispatch(e[1], e[2], e[3], e[4], e[5], e[6], e[7], e[8] or 0, e[9] or 0, e[10] or 0, e[11])
 end
 return result

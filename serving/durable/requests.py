@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 import msgspec
 
 from penstock.queue.records import PriorityClass
-from penstock.serving.context import Outcome, RequestContext
+from penstock.serving.context import NOTHING_SEEN, Outcome, RequestContext, Seen
 from penstock.serving.durable.draws import Draws
 from penstock.serving.edge.asgi import Scope
 
@@ -56,7 +56,7 @@ def context_of(
     stored: StoredRequest,
     *,
     attach: bool = True,
-    skip: tuple[int, ...] | None = (),
+    skip: Seen | None = NOTHING_SEEN,
     grace_s: float | None = None,
     saved: Awaitable[None] | None = None,
     outcome: Outcome | None = None,

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from penstock.queue.errors import StoreUnavailable
-from penstock.serving.context import RequestContext, current
+from penstock.serving.context import RequestContext, Seen, current
 from penstock.serving.durable.bodies import GENERATING, RESPONSES, for_handler
 from penstock.serving.durable.inner import render
 from penstock.serving.durable.requests import StoredRequest, context_of, digest_of
@@ -59,7 +59,7 @@ class Durable:
         first = await self._store.claim(stored, key, digest)
         if first is not None:
             return await self.render_again(first, skip, scope, receive, send)
-        if any(skip):
+        if any(skip.counts):
             await self._store.release(stored, key)
             raise NotFound("Nothing is kept under this Idempotency-Key; send it without Last-Event-ID to start anew.")
         return await self._run(stored, key, None, scope, receive, send)
@@ -86,9 +86,7 @@ class Durable:
             if not exchange.outcome.accepted.is_set() or failed_before_start:
                 self._start(self._forget(stored, key, saved))
 
-    async def render_again(
-        self, stored: StoredRequest, skip: tuple[int, ...], scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def render_again(self, stored: StoredRequest, skip: Seen, scope: Scope, receive: Receive, send: Send) -> None:
         """The answer of a request that was accepted before, without the events the client has."""
         exchange = exchange_of(scope)
         exchange.speak_for(stored.path)

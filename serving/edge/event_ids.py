@@ -2,13 +2,20 @@
 
 The ``id:`` of an event is its ordinal, from 1. Several choices interleave as the engines' steps happen to, so there
 each choice counts by itself and the id is the vector of all counts (``12.9``; a third number counts the closing events
-that belong to no choice). The line goes into the event's own block: official SDKs fail on blocks without ``data:``.
-Error events are not numbered: a client that resumes after one is told again.
+that belong to no choice). After a dash comes the checksum of all events so far (``12-1c291ca3``): a client that resumes
+where the answer has become another one is told so, and never given the end of a different answer. The line goes into
+the event's own block: official SDKs fail on blocks without ``data:``. Error events are not numbered: a client that
+resumes after one is told again.
 """
 
 from __future__ import annotations
 
-from penstock.serving.context import current
+import re
+from struct import pack
+from zlib import crc32
+
+from penstock.queue.errors import StreamInterrupted
+from penstock.serving.context import NOTHING_SEEN, Seen, current
 from penstock.serving.edge.asgi import App, Message, Receive, Scope, Send, is_event_stream, with_headers
 from penstock.serving.errors import InvalidField
 
@@ -16,16 +23,21 @@ STREAM_HEADER = b"x-stream-id"
 _ERRORS = (b'data: {"error"', b"event: error\n")
 _CHOICE = b'"choices":[{"index":'
 _END = b"\n\n"
+_ID = re.compile(r"(?P<counts>\d{1,15}(\.\d{1,15})*)(-(?P<checksum>[0-9a-f]{8}))?")
+DIVERGED = "what this client has of the stream is no longer what the stream holds; send the request again"
 MAX_HELD = 16 * 1024
 """Bytes collected at most before they are sent: a quarter of what the server takes without waiting."""
 
 
-def parse_event_id(text: str) -> tuple[int, ...]:
-    """The counts in a ``Last-Event-ID``; empty for an empty one. Raises :class:`InvalidField`."""
-    parts = text.strip().split(".") if text.strip() else []
-    if not all(part.isdecimal() and len(part) < 16 for part in parts):
+def parse_event_id(text: str) -> Seen:
+    """What a ``Last-Event-ID`` says; nothing for an empty one. Raises :class:`InvalidField`."""
+    if not text.strip():
+        return NOTHING_SEEN
+    found = _ID.fullmatch(text.strip())
+    if found is None:
         raise InvalidField("Last-Event-ID must be an id this stream has shown.", "last-event-id")
-    return tuple(int(part) for part in parts)
+    checksum = found["checksum"]
+    return Seen(tuple(map(int, found["counts"].split("."))), None if checksum is None else int(checksum, 16))
 
 
 class EventIds:
@@ -36,7 +48,8 @@ class EventIds:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = current()
-        if context.skip is None:
+        seen = context.skip
+        if seen is None:
             return await self._app(scope, receive, send)
         stream: _Stream | None = None
 
@@ -47,7 +60,7 @@ class EventIds:
                     name = (STREAM_HEADER, context.stream_id.encode())
                     message["headers"] = with_headers(list(message["headers"]), [name])
                 if is_event_stream(message):
-                    stream = _Stream(send, _Numbering(context.choices, context.skip or ()))
+                    stream = _Stream(send, _Numbering(context.choices, seen))
                     if context.choices == context.n:  # several generators would flush for one another
                         context.pace.before_waiting = stream.flush
                 await send(message)
@@ -98,14 +111,18 @@ class _Stream:
 
 
 class _Numbering:
-    """Counts of one stream."""
+    """Counts and checksums of one stream."""
 
-    def __init__(self, choices: int, skip: tuple[int, ...]) -> None:
+    def __init__(self, choices: int, seen: Seen) -> None:
+        tracks = choices + 1
         self._choices = choices
-        self._counts = [0] * (choices + 1)
-        if len(skip) > len(self._counts):
+        self._counts = [0] * tracks
+        self._sums = [0] * tracks
+        if len(seen.counts) > tracks:
             raise InvalidField("Last-Event-ID is not one of this stream.", "last-event-id")
-        self._skip = [*skip, *[0] * (len(self._counts) - len(skip))]
+        self._skip = [*seen.counts, *[0] * (tracks - len(seen.counts))]
+        self._expected = seen.checksum
+        self._sums_then = [0] * tracks
         self._rest = b""
 
     def pass_on(self, body: bytes) -> bytes:
@@ -120,7 +137,23 @@ class _Numbering:
             return event
         track = 0 if self._choices == 1 else self._track(event)
         count = self._counts[track] = self._counts[track] + 1
-        return b"" if count <= self._skip[track] else b"id: %b\n%b" % (self._id(), event)
+        self._sums[track] = crc32(event, self._sums[track])
+        if count <= self._skip[track]:
+            self._compare(track, count)
+            return b""
+        return b"id: %b-%08x\n%b" % (self._id(), self._checksum(self._sums), event)
+
+    def _compare(self, track: int, count: int) -> None:
+        """Where everything the client has was rendered again, its checksum must be the client's."""
+        if count < self._skip[track]:
+            return
+        self._sums_then[track] = self._sums[track]
+        complete = all(count >= skip for count, skip in zip(self._counts, self._skip, strict=True))
+        if complete and self._expected not in (None, self._checksum(self._sums_then)):
+            raise StreamInterrupted(DIVERGED)
+
+    def _checksum(self, sums: list[int]) -> int:
+        return sums[0] if self._choices == 1 else crc32(pack(f"<{len(sums)}I", *sums))
 
     def _track(self, event: bytes) -> int:
         start = event.find(_CHOICE)

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs
 import msgspec
 
 from penstock.queue.readers import Readers
+from penstock.serving.context import Seen
 from penstock.serving.durable.bodies import RESPONSES, as_stream
 from penstock.serving.durable.requests import StoredRequest
 from penstock.serving.durable.responses import Responses
@@ -86,7 +87,7 @@ class Streams:
         if not after.removeprefix("-").isdecimal():
             raise InvalidField("starting_after must be an event's sequence_number.", "starting_after")
         stream = msgspec.structs.replace(stored, body=as_stream(stored.body), stream=True)
-        return await self._durable.render_again(stream, (int(after) + 1,), scope, receive, send)
+        return await self._durable.render_again(stream, Seen((int(after) + 1,)), scope, receive, send)
 
     def _find(self, scope: Scope, name: str) -> Awaitable[StoredRequest]:
         caller = exchange_of(scope).caller

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-_ID = re.compile(rb"^id: ([\d.]+)\n", re.MULTILINE)
+_ID = re.compile(rb"^id: ([\d.]+-[0-9a-f]{8})\n", re.MULTILINE)
 _CHOICE = re.compile(rb'"choices":\[\{"index":(\d+)')
 END = b"\n\n"
 

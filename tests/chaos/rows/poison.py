@@ -20,7 +20,7 @@ ATTEMPTS = 3
 """Engines one request may kill: the default of ``workers.max_attempts``."""
 SLOWER = 1.1
 """How much longer innocent requests may take at p99."""
-FRAGILE = Shape(prefill=0, decode=0, mixed=3, dispatchers=1, limits=LIMITS | {"poison_token": POISON})
+FRAGILE = Shape(prefill=0, decode=0, mixed=3, dispatchers=2, limits=LIMITS | {"poison_token": POISON})
 
 
 async def poison(round_: Round) -> None:

@@ -97,7 +97,7 @@ class Store:
         return [decode_inbound(fields[b"w"]) for _, fields in rows]
 
     async def dispatch(
-        self, request: str, replica: str, *, expect: int = 0, force: bool = False, dispatcher: str = "d1", **known: int
+        self, request: str, replica: str, *, expect: int = 0, force: bool = False, dispatcher: str = "d1", **known: Any
     ) -> Dispatched:
         work = lua_string(encode(Run(request, Stage.WHOLE, msgspec.Raw(encode({"v": 1})))))
         one = Dispatch(request, expect, "ingress", replica, work, "acme", force, **known)
@@ -535,3 +535,17 @@ async def test_a_programming_error_is_not_an_outage(redis_server: RedisServer, s
         writer.append([entry("r", 1, 0, [1])])
     writer.close()
     client.close()
+
+
+async def test_a_replica_given_to_one_request_alone_takes_no_other(store: Store) -> None:
+    """[I8] Until it has got on well; the replica is free for everybody then."""
+    assert (await store.dispatch("suspect", "a", alone=True, probation=2)).status is OK
+    assert (await store.dispatch("other", "a")).status is DispatchStatus.NO_REPLICA
+    assert (await store.dispatch("other", "b")).status is OK
+    store.blocking.hset(store.key("req:suspect"), "probation", 2)  # as for a request with deaths behind it
+    writer = TokenWriter(store.blocking, store.settings, "a")
+    assert writer.append([entry("suspect", 1, 0, [1])]) == [AppendStatus.OK]
+    assert (await store.dispatch("third", "a")).status is DispatchStatus.NO_REPLICA
+    assert writer.append([entry("suspect", 1, 1, [2])]) == [AppendStatus.OK]
+    assert (await store.dispatch("third", "a")).status is OK
+    writer.close()

@@ -24,9 +24,12 @@ def lethal(cluster: Cluster, *, held: bool = False) -> Worker:
     return worker
 
 
-async def test_poison_does_not_take_its_neighbours_along(mixed: Cluster) -> None:
-    """[I5, I8] Twice on a replica with the poison, an innocent is as suspect as it: from then on each is alone."""
-    mixed.dispatch(max_attempts=3)
+@pytest.mark.parametrize("dispatchers", [1, 2])
+async def test_poison_does_not_take_its_neighbours_along(mixed: Cluster, dispatchers: int) -> None:
+    """[I5, I8] Twice on a replica with the poison, an innocent is as suspect as it: from then on each is alone,
+    whichever dispatcher has it."""
+    for _ in range(dispatchers):
+        mixed.dispatch(max_attempts=3, dispatchers=dispatchers)
     first = lethal(mixed, held=True)
     innocents = [await mixed.send(5, {"max_tokens": 40}) for _ in range(2)]
     for record in innocents:

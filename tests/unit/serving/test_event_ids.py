@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 
 import pytest
 
+from penstock.queue.errors import StreamInterrupted
 from penstock.queue.records import PriorityClass
-from penstock.serving.context import RequestContext, enter
+from penstock.serving.context import RequestContext, Seen, enter
 from penstock.serving.edge.event_ids import EventIds, parse_event_id
 from penstock.serving.errors import InvalidField
 from tests.unit.serving.apps import Recorder, Streaming
@@ -23,15 +25,24 @@ def choice(index: int, text: str) -> bytes:
 
 
 async def numbered(chunks: list[bytes], *, choices: int = 1, skip: tuple[int, ...] | None = ()) -> Reply:
+    """The stream as a client sees it, without the checksums."""
+    reply = await rendered(chunks, choices, None if skip is None else Seen(skip))
+    for message in reply.messages:
+        if message.get("body"):
+            message["body"] = re.sub(rb"(?m)^(id: [0-9.]+)-[0-9a-f]{8}$", rb"\1", message["body"])
+    return reply
+
+
+async def rendered(chunks: list[bytes], choices: int, seen: Seen | None) -> Reply:
     async def stream() -> AsyncIterator[bytes]:
         for chunk in chunks:
             yield chunk
 
-    enter(_context(choices, skip))
+    enter(_context(choices, seen))
     return await get(EventIds(Streaming(stream)), "/")
 
 
-def _context(choices: int, skip: tuple[int, ...] | None) -> RequestContext:
+def _context(choices: int, skip: Seen | None) -> RequestContext:
     return RequestContext(
         "acme", "k", PriorityClass.STANDARD, "x", 0, "/v1/completions", stream_id="s1", choices=choices, skip=skip
     )
@@ -94,7 +105,7 @@ async def test_an_id_with_more_counts_than_the_stream_has_is_refused() -> None:
 
 
 async def test_answers_that_are_no_stream_keep_their_bytes() -> None:
-    enter(_context(1, ()))
+    enter(_context(1, Seen()))
     reply = await get(EventIds(Recorder()), "/")
     assert (reply.body, reply.headers["x-stream-id"]) == (b"{}", "s1")
 
@@ -106,8 +117,31 @@ async def test_streams_nobody_can_ask_for_again_stay_as_they_are() -> None:
 
 
 async def test_last_event_ids() -> None:
-    assert parse_event_id("") == ()
-    assert parse_event_id(" 12.9 ") == (12, 9)
-    for wrong in ("x", "1.", "-1", "1.x", "9" * 20):
+    assert parse_event_id("") == Seen()
+    assert parse_event_id(" 12.9 ") == Seen((12, 9))
+    assert parse_event_id("12-0000ffff") == Seen((12,), 0xFFFF)
+    for wrong in ("x", "1.", "-1", "1.x", "9" * 20, "1-", "1-xyz", "1-0000ffff1"):
         with pytest.raises(InvalidField):
             parse_event_id(wrong)
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+async def test_the_answer_a_client_resumes_is_the_one_it_began(choices: int) -> None:
+    """The id of each event vouches for all events before it."""
+    events = [choice(0, "a"), choice(choices - 1, "b"), choice(0, "c"), DONE]
+    whole = (await rendered(events, choices, Seen())).body
+    for last in re.findall(rb"(?m)^id: (.*)$", whole):
+        seen = parse_event_id(last.decode())
+        rest = (await rendered(events, choices, seen)).body
+        assert whole.endswith(rest)
+        with pytest.raises(StreamInterrupted):
+            await rendered([choice(0, "another"), *events[1:]], choices, seen)
+
+
+async def test_the_checksum_of_choices_does_not_depend_on_how_they_interleave() -> None:
+    first, second = [choice(0, "a"), choice(0, "b")], [choice(1, "c"), choice(1, "d")]
+    ids = [
+        re.findall(rb"(?m)^id: (.*)$", (await rendered(events, 2, Seen())).body)[-1]
+        for events in ([*first, *second], [first[0], second[0], first[1], second[1]])
+    ]
+    assert ids[0] == ids[1]
