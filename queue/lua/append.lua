@@ -111,6 +111,7 @@ for k, e in ipairs(batch) do
       status[k] = 'lost'
       redis.call('HSET', req, 'lost', 1)
       if back == 'failed' then redis.call('HINCRBY', req, 'deaths', 1) end
+      release(id)
       tell(s[4], id, back, attempt, '')
     elseif replica then
       status[k] = hand_over(req, id, attempt, fence, replica, work, final, s[7], s[4])

@@ -21,6 +21,7 @@ for k, e in ipairs(cmsgpack.unpack(ARGV[3])) do
     if s[3] and redis.call('EXISTS', ns .. 'replica:' .. s[3]) == 1 then
       redis.call('XADD', ns .. 'inbox:' .. s[3], '*', 'w', cmsgpack.pack({0, {'abort', {id}}}))
     end
+    if s[3] and redis.call('GET', ns .. 'guest:' .. s[3]) == id then redis.call('DEL', ns .. 'guest:' .. s[3]) end
     result[k] = 1
   end
 end

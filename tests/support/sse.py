@@ -34,6 +34,11 @@ class Answer:
         return [found.decode() for found in _ID.findall(self.body)]
 
 
+def counts(ids: list[str]) -> list[str]:
+    """Ids without their checksums."""
+    return [id_.partition("-")[0] for id_ in ids]
+
+
 def read(client: httpx.Client, method: str, url: str, **options: Any) -> Answer:
     """Send a request and read its answer to the end."""
     with client.stream(method, url, **options) as response:

@@ -24,12 +24,9 @@ def lethal(cluster: Cluster, *, held: bool = False) -> Worker:
     return worker
 
 
-@pytest.mark.parametrize("dispatchers", [1, 2])
-async def test_poison_does_not_take_its_neighbours_along(mixed: Cluster, dispatchers: int) -> None:
-    """[I5, I8] Twice on a replica with the poison, an innocent is as suspect as it: from then on each is alone,
-    whichever dispatcher has it."""
-    for _ in range(dispatchers):
-        mixed.dispatch(max_attempts=3, dispatchers=dispatchers)
+async def test_poison_does_not_take_its_neighbours_along(mixed: Cluster) -> None:
+    """[I5, I8] Twice on a replica with the poison, an innocent is as suspect as it: from then on each is alone."""
+    mixed.dispatch(max_attempts=3)
     first = lethal(mixed, held=True)
     innocents = [await mixed.send(5, {"max_tokens": 40}) for _ in range(2)]
     for record in innocents:
@@ -47,6 +44,24 @@ async def test_poison_does_not_take_its_neighbours_along(mixed: Cluster, dispatc
     await mixed.drained()
     (letter,) = await mixed.dead_letters()
     assert (letter.record().id, letter.reason) == (POISON, "3 replicas died while running this request")
+
+
+async def test_suspects_of_several_dispatchers_are_kept_apart(mixed: Cluster) -> None:
+    """[I8] Each dispatcher has suspects of its own; none is put beside another's."""
+    for _ in range(2):
+        mixed.dispatch(max_attempts=2, dispatchers=2)
+    first = lethal(mixed, held=True)
+    innocents = [await mixed.send(5, {"max_tokens": 40}) for _ in range(6)]
+    for record in innocents:
+        await mixed.running_on(record, first)
+    poison = await mixed.send(id=POISON)
+    await mixed.until(lambda: first.died, "the poison has killed")
+    last = [lethal(mixed) for _ in range(3)]
+    await mixed.completes(*innocents)
+    await mixed.fails(poison, "engine_failed")
+    assert sum(worker.died for worker in last) == 1
+    await mixed.drained()
+    assert [letter.record().id for letter in await mixed.dead_letters()] == [POISON]
 
 
 async def test_progress_clears_a_suspect(mixed: Cluster) -> None:
