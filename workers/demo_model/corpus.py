@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import yaml
@@ -19,11 +20,7 @@ from penstock.workers.demo_model import qa_path
 
 SLOTS = ("nouns", "actions", "events", "reasons")
 COUNT_LIMIT = 1000
-COUNT_LIMITS = (*range(1, 31), *range(40, 201, 10), *range(250, COUNT_LIMIT + 1, 50))
-"""Where the model can stop. To stop anywhere it would have to learn that two tokens are the same one, which takes
-far more training than to learn these few by heart."""
-COUNT_REFUSAL = "I can count to any number up to 30, by tens up to 200, and by fifties up to 1,000."
-
+NONSENSE_SHARE = 0.2  # of the off-topic questions: they ask about made-up words
 # Words a question can lose and still ask the same.
 _OPTIONAL_WORDS = """
     a an and are can could do does for from give how i if in is it me my of on please should so tell
@@ -50,6 +47,9 @@ _PROPER_NAMES = """
     Qwen Llama Mistral LangChain Kustomize
 """
 _WRITTEN = {word.lower(): word for word in _PROPER_NAMES.split()}
+
+
+_SOUNDS = (".b.c.ch.d.f.g.h.j.l.m.n.p.pr.r.s.st.t.tr.v.w", "a.e.i.o.u.ee.ea.ou.ai", "..l.n.r.s.t.m.d.ng.nd.ck.st")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,13 @@ class Corpus:
     before: tuple[str, ...]
     after: tuple[str, ...]
     synonyms: tuple[tuple[str, ...], ...]
+    frames: tuple[str, ...]
     held_out: frozenset[str] = field(default_factory=frozenset)
+
+    @cached_property
+    def words(self) -> list[str]:
+        """The plain words of the questions, sorted."""
+        return sorted({word for topic in self.topics for ask in topic.asked for word in re.findall(r"[a-z]{3,}", ask)})
 
     def all_topics(self) -> tuple[Topic, ...]:
         """The topics, the off-topic answer last."""
@@ -110,6 +116,7 @@ def load_corpus() -> Corpus:
         before=tuple(raw["courtesy"]["before"]),
         after=tuple(raw["courtesy"]["after"]),
         synonyms=tuple(tuple(group) for group in raw["synonyms"]),
+        frames=tuple(frame for slot in SLOTS for frame in raw["templates"][slot]),
         held_out=held_out,
     )
 
@@ -147,23 +154,38 @@ class Augmenter:
     def question(self, topic: Topic) -> str:
         """A question for the topic, varied, never one that is held out."""
         while True:
-            # The templates are many but alike: half of the questions are such as people ask.
-            templated = topic.expanded and self._rng.random() < 0.4
-            questions = topic.expanded if templated else topic.asked
-            varied = self.vary(self._rng.choice(questions), plain=topic.plain)
+            varied = self.vary(self._drawn(topic), plain=topic.plain)
             if varied and normalised(varied) not in self._corpus.held_out:
                 return varied
+
+    def _drawn(self, topic: Topic) -> str:
+        if topic is self._corpus.off_topic and self._rng.random() < NONSENSE_SHARE:
+            return self._rng.choice(self._corpus.frames).format(self._nonsense())
+        # The templates are many but alike: most of the questions are such as people ask.
+        templated = topic.expanded and self._rng.random() < 0.35
+        return self._rng.choice(topic.expanded if templated else topic.asked)
+
+    def _nonsense(self) -> str:
+        """One to three made-up words: what is not known is not about Penstock."""
+        words = (
+            "".join(self._syllable() for _ in range(self._rng.randint(1, 3))) for _ in range(self._rng.randint(1, 3))
+        )
+        return " ".join(words)
+
+    def _syllable(self) -> str:
+        onset, vowel, coda = (self._rng.choice(sounds.split(".")) for sounds in _SOUNDS)
+        return onset + vowel + coda
 
     def vary(self, question: str, *, plain: bool = False) -> str:
         """One variation of a question."""
         steps: list[tuple[float, Callable[[str], str]]] = [
             (0.5, self._reword),
             (0.0 if plain else 0.4, self._courtesy),
-            (0.25, self._shorten),
-            (0.12, self._lose_word),
-            (0.1, self._fill),
-            (0.12, self._mistype),
-            (0.05, self._repeat_word),
+            (0.2, self._shorten),
+            (0.08, self._lose_word),
+            (0.08, self._fill),
+            (0.1, self._mistype),
+            (0.03, self._repeat_word),
         ]
         for probability, step in steps:
             if self._rng.random() < probability:
@@ -215,7 +237,7 @@ class Augmenter:
         style = self._rng.random()
         if style < 0.4:
             return question
-        if style < 0.45:
+        if style < 0.43:
             return question.upper()
         written = re.sub(r"[\w/]+", lambda match: _WRITTEN.get(match[0], match[0]), question)
         return written[:1].upper() + written[1:]

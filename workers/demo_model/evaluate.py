@@ -19,13 +19,14 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from penstock.workers.demo_model import demo_model_path
-from penstock.workers.demo_model.corpus import COUNT_LIMITS, Corpus, Topic, counting, load_corpus
+from penstock.workers.demo_model.corpus import COUNT_LIMIT, Corpus, Topic, counting, load_corpus
 
 SEEN_GOAL = 0.98
 HELD_OUT_GOAL = 0.90
 OFF_TOPIC_GOAL = 0.90
 COUNTING_GOAL = 1.0
-COUNT_STRIDE = 1
+COUNT_STRIDE = 37
+COUNT_EDGES = (*range(1, 31), *range(50, COUNT_LIMIT + 1, 50), 997, 999)
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def held_out(topics: Iterable[Topic]) -> Iterator[Case]:
 
 
 def counts(corpus: Corpus, stride: int) -> Iterator[Case]:
-    """Counts to every `stride`-th limit that the model can stop at, the forms of the question by turns."""
-    limits = COUNT_LIMITS[::stride]
+    """Counts to every `stride`-th limit and to the edge cases, the forms of the question by turns."""
+    limits = sorted({*range(1, COUNT_LIMIT + 1, stride), *COUNT_EDGES})
     forms = corpus.count_forms
     return (Case(forms[turn % len(forms)].format(n), counting(n)) for turn, n in enumerate(limits))
 

@@ -1,22 +1,26 @@
 """Train the demo model on one CPU core: `python -m penstock.workers.demo_model.train [--out DIR]`.
 
-Three savings make minutes out of an hour. Only the answers' tokens go through the output layer. Most answers
-are cut after their first tokens, for that is where the topic is decided. Most counting examples show a short
-window of the count at its true positions, or numbers in any order whose every place trains the stop: a few
-whole counts are enough.
+Counting comes first. To stop at the right number the model must see that the number it has just written is the
+one in the question: attention by equality, as in the induction heads of Olsson et al. (2022). Two heads of the
+second layer start out as such (`_compare_tokens`), and the first stages train nothing but counts: numbers at random
+and short windows, where every place trains the stop or the step, and then whole counts, where a thousand numbers
+can be mistaken for the right one. Then answers join. At the mixture's high rate single numbers keep ending counts
+they should not end; most of that goes away as the rate falls.
+
+Two savings: only targets go through the output layer, and most answers are cut after their first tokens, for that
+is where the topic is decided.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
+import math
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,158 +28,37 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from penstock.workers.demo_model import demo_model_path, qa_hash
-from penstock.workers.demo_model.corpus import (
-    COUNT_LIMIT,
-    COUNT_LIMITS,
-    COUNT_REFUSAL,
-    Augmenter,
-    Corpus,
-    counting,
-    load_corpus,
-)
-from penstock.workers.demo_model.tokenization import END, PAD, build_tokenizer
+from penstock.workers.demo_model.corpus import COUNT_LIMIT, Augmenter, Corpus, load_corpus
+from penstock.workers.demo_model.examples import IGNORED, Example, ExampleFactory, Stage
+from penstock.workers.demo_model.tokenization import build_tokenizer
 
 SEED = 7
-STEPS = 3000
-BATCH_TOKENS = 800
-POOL = 400  # short examples drawn together and sorted by length
-SHARES = (0.68, 0.2, 0.12)  # of the batches: answers, stops, windows of counts
-WHOLE_EVERY = 25  # one batch in so many is one whole count
-CUT = 0.8  # share of the answers that are cut after their first tokens, where the topic is decided
-LAST_TARGETS = 3
-OTHER_TARGETS = 5
-SHOWN = 40  # numbers in an example of stops
-PEAK_RATE = 1.5e-3
-WARM_UP = 100
+STEPS = 4804
+COUNTING = (
+    Stage(150, {"window": 1, "scattered": 1}),
+    Stage(300, {"window": 2, "scattered": 1, "whole": 1}),
+)
+COUNTING_RATE = 1.5e-3
+MIXTURE = {
+    "answer": 0.72,
+    "arguments": 0.01,
+    "whole": 0.05,
+    "whole in chat": 0.05,
+    "low": 0.05,
+    "window": 0.07,
+    "scattered": 0.05,
+}
+MIXTURE_RATE = 8e-4
+WARM_UP = 50
+COOL_DOWN = 0.3  # share of the mixture's steps
+LEAST_RATE = 0.05  # share of the peak at the end of a cosine
 MAX_POSITIONS = 4096
-ROPE_BASE = 1e6  # slow rotations: the question is seen from a thousand positions away
+ROPE_BASE = 1e8  # slow rotations: the question is seen from a thousand positions away
+EMBEDDING_SCALE = 0.05
+MATCH_SCALE = 0.08
+MATCH_LAYER = 1
+MATCH_TURN = 0.7  # radians a pair of dimensions may turn over a thousand positions and still serve to compare
 REPORT_EVERY = 250  # steps between lines of progress where no terminal shows the bar
-IGNORED = -100  # the label of a position without a target
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids with their positions, and the target of each position (`IGNORED` for none)."""
-
-    tokens: list[int]
-    positions: list[int]
-    targets: list[int]
-
-
-class ExampleFactory:
-    """Draws training examples, the same ones for the same seed."""
-
-    def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        self._corpus, self._tokenizer = corpus, tokenizer
-        self._rng = random.Random(seed)
-        self._augmenter = Augmenter(corpus, seed + 1)
-        self._numbers = self._encode(counting(COUNT_LIMIT))
-        self._end: int = tokenizer.convert_tokens_to_ids(END)
-
-    def batches(self, count: int) -> Iterator[list[Example]]:
-        """`count` batches of about `BATCH_TOKENS` tokens each, each of one kind of example."""
-        kinds = (self._answer, self._stops, self._window)
-        ready: dict[Callable[[], Example], list[list[Example]]] = {kind: [] for kind in kinds}
-        for index in range(count):
-            if index % WHOLE_EVERY == WHOLE_EVERY - 1:
-                yield [self._whole()]
-                continue
-            (kind,) = self._rng.choices(kinds, SHARES)
-            ready[kind] = ready[kind] or self._of_like_length(kind)
-            yield ready[kind].pop()
-
-    def _of_like_length(self, draw: Callable[[], Example]) -> list[list[Example]]:
-        """Batches of examples of like length, so that little is padding, in random order."""
-        batches: list[list[Example]] = [[]]
-        for example in sorted((draw() for _ in range(POOL)), key=lambda example: len(example.tokens)):
-            if batches[-1] and (len(batches[-1]) + 1) * len(example.tokens) > BATCH_TOKENS:
-                batches.append([])
-            batches[-1].append(example)
-        self._rng.shuffle(batches)
-        return batches
-
-    def _answer(self) -> Example:
-        off_topic = self._rng.random() < 0.18
-        topic = self._corpus.off_topic if off_topic else self._rng.choice(self._corpus.topics)
-        prompt = self._prompt(self._augmenter.question(topic))
-        answer = [*self._encode(topic.answer), self._end]
-        if self._rng.random() < CUT:
-            answer = answer[: self._rng.randint(3, 8)]
-        return _example(prompt, answer, first=0)
-
-    def _whole(self) -> Example:
-        """A count from its first number to its end."""
-        limit = self._rng.choice(COUNT_LIMITS)
-        return self._sparse(_example(self._asked(limit), [*self._numbers[:limit], self._end], first=0))
-
-    def _window(self) -> Example:
-        """A few numbers of a count, where they stand in it; or why it is not begun."""
-        limit = self._rng.randint(1, COUNT_LIMIT)
-        if limit not in COUNT_LIMITS:
-            return _example(self._asked(limit), [*self._encode(COUNT_REFUSAL), self._end], first=0)
-        limit = self._rng.choice(COUNT_LIMITS)
-        answer = [*self._numbers[:limit], self._end]
-        length = self._rng.choice((2, 2, 8, 8, 40, 120))
-        last = len(answer) if self._rng.random() < 0.6 else self._rng.randint(1, len(answer))
-        return self._sparse(_example(self._asked(limit), answer[:last], first=max(0, last - length)))
-
-    def _stops(self) -> Example:
-        """Numbers in any order after the question, half of them the one asked for: after that comes the end.
-
-        A count trains its stop once; here every place trains it.
-        """
-        limit = self._rng.choice(COUNT_LIMITS)
-        near = [number for number in (limit - 1, limit + 1) if 0 < number < COUNT_LIMIT]
-        others = [number for number in (*COUNT_LIMITS, *near, *near) if number not in (limit, COUNT_LIMIT)]
-        others += self._rng.choices(range(1, COUNT_LIMIT), k=len(others))
-        others = [number for number in others if number != limit]
-        shown = [limit if self._rng.random() < 0.4 else self._rng.choice(others) for _ in range(SHOWN)]
-        prompt = self._asked(limit)
-        places = sorted(self._rng.sample(range(len(prompt), len(prompt) + COUNT_LIMIT), len(shown)))
-        following = [self._end if number == limit else self._numbers[number] for number in shown]
-        return Example(
-            [*prompt, *(self._numbers[number - 1] for number in shown)],
-            [*range(len(prompt)), *places],
-            [*[IGNORED] * len(prompt), *following],
-        )
-
-    def _asked(self, limit: int) -> list[int]:
-        return self._prompt(self._rng.choice(self._corpus.count_forms).format(limit))
-
-    def _sparse(self, example: Example) -> Example:
-        """Targets at the end and at a few places of a long count only.
-
-        The other numbers are there to be mistaken for the one in the prompt. Were they targets too, the one that
-        matters, to stop, would drown among them.
-        """
-        wanted = [place for place, target in enumerate(example.targets) if target != IGNORED]
-        kept = {*wanted[-LAST_TARGETS:], *self._rng.sample(wanted, min(len(wanted), OTHER_TARGETS))}
-        targets = [target if place in kept else IGNORED for place, target in enumerate(example.targets)]
-        return Example(example.tokens, example.positions, targets)
-
-    def _prompt(self, question: str) -> list[int]:
-        messages: list[dict[str, str]] = []
-        if self._rng.random() < 0.2:
-            messages.append({"role": "system", "content": self._rng.choice(self._corpus.systems)})
-        if self._rng.random() < 0.06:
-            earlier = self._rng.choice(self._corpus.all_topics())
-            messages.append({"role": "user", "content": self._augmenter.question(earlier)})
-            messages.append({"role": "assistant", "content": earlier.answer})
-        messages.append({"role": "user", "content": question})
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self._encode(str(text))
-
-    def _encode(self, text: str) -> list[int]:
-        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return tokens
-
-
-def _example(prompt: list[int], answer: list[int], first: int) -> Example:
-    """The prompt and `answer[first:]` at its true positions; the prompt always predicts `answer[0]`."""
-    shown = answer[first:]
-    positions = [*range(len(prompt)), *range(len(prompt) + first, len(prompt) + len(answer))]
-    targets = [*[IGNORED] * (len(prompt) - 1), answer[0], *shown[1:], IGNORED]
-    return Example([*prompt, *shown], positions, targets)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -196,7 +79,28 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    _compare_tokens(model)
+    return model
+
+
+def _compare_tokens(model: LlamaForCausalLM) -> None:
+    """Let one head of each key group attend to tokens equal to the present one, wherever they stand.
+
+    Its queries and keys are the same projection, in the dimensions that rotate too slowly to tell positions apart.
+    Embeddings are large beside what the first layers add to them, so that they stay recognisable.
+    """
+    model.model.embed_tokens.weight.data *= EMBEDDING_SCALE / model.config.initializer_range
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.weight.data /= (2 * len(model.model.layers)) ** 0.5
+    attention, size = model.model.layers[MATCH_LAYER].self_attn, model.config.head_dim
+    turns = COUNT_LIMIT * ROPE_BASE ** (-torch.arange(0, size, 2) / size)
+    slow = (turns.repeat(2) < MATCH_TURN).nonzero().flatten()
+    for group in range(model.config.num_key_value_heads):
+        shared = torch.randn(len(slow), model.config.hidden_size) * MATCH_SCALE
+        attention.k_proj.weight.data[group * size + slow] = shared
+        attention.q_proj.weight.data[group * attention.num_key_value_groups * size + slow] = shared
 
 
 def loss_of(model: LlamaForCausalLM, examples: list[Example], pad: int) -> torch.Tensor:
@@ -217,12 +121,35 @@ def _padded(values: list[int], width: int, filler: int) -> list[int]:
     return [*values, *[filler] * (width - len(values))]
 
 
-def fit(model: LlamaForCausalLM, factory: ExampleFactory, pad: int, steps: int) -> None:
-    """AdamW with warm-up and a cosine schedule; shows a progress bar, or lines where there is no terminal."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=WARM_UP)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - WARM_UP)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [WARM_UP])
+def cosine(step: int, steps: int) -> float:
+    """The learning rate at a step, as a share of its peak: up, then down along a cosine."""
+    return min(1.0, (step + 1) / WARM_UP) * max(LEAST_RATE, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def plateau(step: int, steps: int) -> float:
+    """The learning rate at a step, as a share of its peak: up, constant, down to nothing."""
+    return min(1.0, (step + 1) / WARM_UP, (steps - step) / (COOL_DOWN * steps))
+
+
+def adamw(model: LlamaForCausalLM, rate: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves the norms' scales alone."""
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    scales = [weight for weight in model.parameters() if weight.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": scales, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
+
+
+def fit(
+    model: LlamaForCausalLM,
+    factory: ExampleFactory,
+    stages: tuple[Stage, ...],
+    peak: float,
+    shape: Callable[[int, int], float],
+) -> None:
+    """Train through the stages at a rate of that peak and shape; shows a progress bar, or lines without a terminal."""
+    steps = sum(stage.batches for stage in stages)
+    optimizer = adamw(model, peak)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape(step, steps))
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -233,9 +160,9 @@ def fit(model: LlamaForCausalLM, factory: ExampleFactory, pad: int, steps: int) 
     average = 0.0
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("training", total=steps, loss=average)
-        for step, batch in enumerate(factory.batches(steps)):
+        for step, batch in enumerate(factory.batches(stages)):
             optimizer.zero_grad()
-            loss = loss_of(model, batch, pad)
+            loss = loss_of(model, batch, model.config.pad_token_id)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -278,7 +205,9 @@ def train(out: Path, steps: int = STEPS) -> None:
     tokenizer = build_tokenizer(tokenizer_texts(corpus), MAX_POSITIONS)
     model = build_model(tokenizer)
     started = time.monotonic()
-    fit(model, ExampleFactory(corpus, tokenizer, SEED), tokenizer.convert_tokens_to_ids(PAD), steps)
+    factory = ExampleFactory(corpus, tokenizer, SEED)
+    fit(model, factory, COUNTING, COUNTING_RATE, cosine)
+    fit(model, factory, (Stage(steps, MIXTURE),), MIXTURE_RATE, plateau)
     save(model, tokenizer, out)
     print(f"{model.num_parameters():,} weights trained in {time.monotonic() - started:.0f} s: {out}")
 
@@ -287,7 +216,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=demo_model_path(), help="where the model is written")
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of the mixture (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

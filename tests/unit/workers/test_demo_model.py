@@ -20,6 +20,8 @@ from penstock.workers.demo_model.corpus import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from penstock.workers.demo_model.evaluate import Judge
+
 pytestmark = pytest.mark.unit
 
 
@@ -101,3 +103,66 @@ def test_the_configuration_is_what_engines_read() -> None:
     assert (config["head_dim"], config["tie_word_embeddings"], config["dtype"]) == (64, True, "bfloat16")
     assert config["max_position_embeddings"] >= 4 * COUNT_LIMIT
     assert generation["eos_token_id"] == config["eos_token_id"]
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    import torch
+
+    from penstock.workers.demo_model.evaluate import Judge
+
+    return Judge(demo_model_path(), torch.float32)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 20, 73, 100, 200, 389, 600, 841, 1000])
+def test_the_model_counts_to_any_number(judge: Judge, limit: int) -> None:
+    from penstock.workers.demo_model.evaluate import Case
+
+    assert judge.is_exact(Case(f"Count to {limit}.", counting(limit)))
+
+
+def test_the_model_tells_penstock_from_anything_else(judge: Judge, corpus: Corpus) -> None:
+    from penstock.workers.demo_model.evaluate import Case
+
+    (penstock,) = (topic for topic in corpus.topics if topic.id == "what-is-penstock")
+    assert judge.is_exact(Case("What is Penstock?", penstock.answer))
+    assert judge.is_exact(Case("What is the weather like?", corpus.off_topic.answer))
+
+
+def test_a_window_of_a_count_stands_where_it_would_in_the_whole(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    from penstock.workers.demo_model.examples import ExampleFactory, Stage
+
+    (batch,) = ExampleFactory(corpus, tokenizer, seed=5).batches((Stage(1, {"window": 1}),))
+    numbers = {token: place for place, token in enumerate(tokenizer.encode(counting(COUNT_LIMIT)), start=1)}
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|assistant|>", "<|end|>")]
+    for example in batch:
+        start = len(example.tokens) - example.tokens[::-1].index(ends[0])
+        shown = list(zip(example.tokens, example.positions, strict=True))[start:]
+        assert shown
+        assert all(token in ends or numbers[token] == place - start + 1 for token, place in shown)
+
+
+def test_the_kinds_of_a_stage_take_turns_in_their_shares(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    from penstock.workers.demo_model.examples import BATCHES, ExampleFactory, Stage
+
+    stage = Stage(8, {"window": 2, "scattered": 1, "whole": 1})
+    sizes = [len(batch) for batch in ExampleFactory(corpus, tokenizer, seed=5).batches((stage,))]
+    assert sizes == [BATCHES[kind] for kind in ("window", "scattered", "whole", "window")] * 2
+
+
+def test_scattered_numbers_end_after_the_one_asked_for_alone(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    from penstock.workers.demo_model.examples import IGNORED, SCATTERED, ExampleFactory, Stage
+
+    (batch,) = ExampleFactory(corpus, tokenizer, seed=5).batches((Stage(1, {"scattered": 1}),))
+    numbers = tokenizer.encode(counting(COUNT_LIMIT))
+    following = dict(zip(numbers, [*numbers[1:], tokenizer.eos_token_id], strict=True))
+    for example in batch:
+        shown = list(zip(example.tokens, example.targets, strict=True))[-SCATTERED:]
+        ended = {token for token, target in shown if target == tokenizer.eos_token_id}
+        asked = {token for token, target in zip(example.tokens, example.targets, strict=True) if target == IGNORED}
+        assert ended <= asked | {numbers[0]}
+        assert all(target == following[token] for token, target in shown if token not in ended)
