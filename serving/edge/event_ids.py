@@ -15,7 +15,7 @@ from struct import pack
 from zlib import crc32
 
 from penstock.queue.errors import StreamInterrupted
-from penstock.serving.context import NOTHING_SEEN, Seen, current
+from penstock.serving.context import NOTHING_SEEN, Seen, current_or_none
 from penstock.serving.edge.asgi import App, Message, Receive, Scope, Send, is_event_stream, with_headers
 from penstock.serving.errors import InvalidField
 
@@ -47,9 +47,9 @@ class EventIds:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = current()
-        seen = context.skip
-        if seen is None:
+        context = current_or_none()  # none: probes, metrics and whatever else generates nothing
+        seen = None if context is None else context.skip
+        if context is None or seen is None:
             return await self._app(scope, receive, send)
         stream: _Stream | None = None
 

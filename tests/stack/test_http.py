@@ -31,8 +31,10 @@ def test_curl_streams(url: str) -> None:
         [*command, "-d", json.dumps(CHAT | {"stream": True})], check=True, capture_output=True, text=True, timeout=120
     )
     blocks = out.stdout.strip().split("\n\n")
-    assert blocks[-1] == "data: [DONE]"
-    chunks = [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
+    ids, data = zip(*(block.split("\n") for block in blocks), strict=True)
+    assert [id_.partition("-")[0] for id_ in ids] == [f"id: {number}" for number in range(1, len(blocks) + 1)]
+    assert data[-1] == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in data[:-1]]
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == COUNTED
 
 
@@ -41,7 +43,7 @@ def test_sse_lines_are_well_formed(url: str) -> None:
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=CHAT | {"stream": True}, timeout=120) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = list(answer.iter_lines())
-    assert all(line == "" or line.startswith((":", "data: ")) for line in lines)
+    assert all(line == "" or line.startswith((":", "id: ", "data: ")) for line in lines)
 
 
 def test_malformed_json(url: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
+from contextvars import Context
 
 import pytest
 
@@ -145,3 +147,9 @@ async def test_the_checksum_of_choices_does_not_depend_on_how_they_interleave() 
         for events in ([*first, *second], [first[0], second[0], first[1], second[1]])
     ]
     assert ids[0] == ids[1]
+
+
+async def test_what_generates_nothing_passes() -> None:
+    """Metrics and the list of models come without a request's context."""
+    reply = await asyncio.create_task(get(EventIds(Recorder()), "/metrics"), context=Context())
+    assert reply.body == b"{}"
