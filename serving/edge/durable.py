@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from penstock.queue.errors import StoreUnavailable
-from penstock.serving.context import RequestContext, Seen, current
+from penstock.serving.context import NOTHING_SEEN, RequestContext, Seen, current
 from penstock.serving.durable.bodies import GENERATING, RESPONSES, for_handler
 from penstock.serving.durable.inner import render
 from penstock.serving.durable.requests import StoredRequest, context_of, digest_of
@@ -24,6 +24,8 @@ from penstock.serving.edge.exchange import exchange_of
 from penstock.serving.errors import InvalidField, NotFound
 from penstock.serving.settings import IngressSettings
 
+EVENT_IDS = b"x-event-ids"
+"""``none`` leaves the events of this answer without ids, for clients that take every line of an event for data."""
 MAX_KEY = 255
 """Letters in an idempotency key, as Stripe has it."""
 
@@ -74,7 +76,14 @@ class Durable:
         send: Send,
     ) -> None:
         exchange = exchange_of(scope)
-        context = context_of(stored, attach=False, saved=saved, grace_s=self._grace_s(stored), outcome=exchange.outcome)
+        context = context_of(
+            stored,
+            attach=False,
+            skip=None if header(scope, EVENT_IDS) == "none" else NOTHING_SEEN,
+            saved=saved,
+            grace_s=self._grace_s(stored),
+            outcome=exchange.outcome,
+        )
         try:
             if stored.background and not stored.stream:
                 await self._responses.begin(stored, context, send)

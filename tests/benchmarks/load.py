@@ -197,7 +197,17 @@ def _requests(path: str, workload: Workload, seed: int) -> list[Any]:
 def serve(orders: IO[bytes], answers: IO[bytes]) -> None:
     """The load generator's process."""
     import vllm.benchmarks.serve  # noqa: F401  # paid for here, before the first round
+    from vllm.benchmarks.lib import endpoint_request_func
     from vllm.utils.gc_utils import freeze_gc_heap
+
+    class Handler(endpoint_request_func.StreamedResponseHandler):  # type: ignore[misc]
+        """Reads events with an ``id:``, which vLLM's own takes for JSON."""
+
+        def add_chunk(self, chunk_bytes: bytes) -> list[str]:
+            messages = super().add_chunk(chunk_bytes)
+            return [text.partition("\n")[2] if text.startswith("id: ") else text for text in messages]
+
+    endpoint_request_func.StreamedResponseHandler = Handler
 
     freeze_gc_heap()  # as `vllm bench serve` does: no pauses for what was imported
     answers.write(b"\n")
