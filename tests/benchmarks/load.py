@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ import msgspec
 
 from tests.benchmarks.prompts import Prompts
 from tests.benchmarks.workloads import Workload
+
+EVENT_ID = re.compile(rb"(?m)^id: [^\n]*\n")
 
 STOP_TIMEOUT_S = 10.0
 """It ends when it sees the end of its input; a round takes a few seconds."""
@@ -204,8 +207,8 @@ def serve(orders: IO[bytes], answers: IO[bytes]) -> None:
         """Reads events with an ``id:``, which vLLM's own takes for JSON."""
 
         def add_chunk(self, chunk_bytes: bytes) -> list[str]:
-            messages = super().add_chunk(chunk_bytes)
-            return [text.partition("\n")[2] if text.startswith("id: ") else text for text in messages]
+            messages: list[str] = super().add_chunk(EVENT_ID.sub(b"", chunk_bytes))
+            return messages
 
     endpoint_request_func.StreamedResponseHandler = Handler
 
