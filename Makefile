@@ -77,7 +77,7 @@ bench-quick: $(DEV_READY)  ## prefill/decode on Kafka against vLLM's server, thr
 	$(BIN)/python -m tests.benchmarks run --workloads quick --no-replay $(if $(ROUNDS),--rounds $(ROUNDS)) \
 	  --contenders $(or $(CONTENDERS),pd-kafka)
 
-bench: $(DEV_READY) $(BENCH_READY)  ## all contenders, then the scale part and the page; two hours (ROUNDS=5 CONTENDERS=... WORKLOADS=quick|short|full)
+bench: $(DEV_READY) $(BENCH_READY)  ## all contenders, then the scale part and the page; some two hours, not timed yet (ROUNDS=5 CONTENDERS=... WORKLOADS=quick|short|full)
 	$(BIN)/python -m tests.benchmarks run $(BENCH_OPTIONS)
 	$(BIN)/python -m tests.benchmarks scale
 	$(BIN)/python -m tests.benchmarks report
@@ -97,7 +97,7 @@ $(BENCH_READY): $(READY) $(wildcard requirements/bench-ray-llm*.txt)
 
 bench-venv: $(BENCH_READY)  ## the virtual environment of Ray Serve LLM, which `make bench` measures against
 
-chaos: $(DEV_READY)  ## kill, stall and cut everything, and see whether anything was lost; two hours (SHORT=1: 15 minutes, SEED=..., ROW=...)
+chaos: $(DEV_READY)  ## kill, stall and cut everything, and see whether anything was lost; meant for two hours, not timed yet (SHORT=1: for 15 minutes, SEED=..., ROW=...)
 	$(BIN)/python -m tests.chaos $(if $(SHORT),--short) $(if $(SEED),--seed $(SEED)) $(if $(ROW),--row $(ROW))
 
 demo-model: $(DEV_READY)  ## train the demo model again (after a change of workers/demo_model/qa.yaml)

@@ -8,6 +8,9 @@ import msgspec
 
 from penstock.queue.errors import PenstockError
 from penstock.serving.batches.model import Counters
+from penstock.serving.edge.routes import Dialect
+from penstock.serving.edge.shapes import error_body
+from penstock.serving.errors import stream_error
 
 Kind = Literal["output", "error"]
 WAIT_STATUSES = frozenset({408, 409, 425, 429, 503})
@@ -82,9 +85,7 @@ def unanswered(batch_id: str, index: int, custom_id: str, code: str, message: st
 
 def refusal(error: PenstockError) -> Reply:
     """An error that was raised instead of answered."""
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    body = {"error": {"message": str(error), "type": kind, "param": None, "code": error.code}}
-    return Reply(error.status, {}, msgspec.json.encode(body))
+    return Reply(error.status, {}, error_body(Dialect.OPENAI, stream_error(error), ""))
 
 
 def _row(batch_id: str, index: int, custom_id: str, response: Any, error: Any) -> bytes:

@@ -14,7 +14,7 @@ from penstock.serving.batches.store import BatchStore
 from penstock.serving.edge.asgi import App, Receive, Scope, Send
 from penstock.serving.edge.body import DisconnectedError, read_body
 from penstock.serving.edge.exchange import exchange_of
-from penstock.serving.edge.intake import read_tags
+from penstock.serving.edge.intake import decode_body, read_tags
 from penstock.serving.errors import InvalidField
 from penstock.serving.files.catalog import FileCatalog, FileMeta
 from penstock.serving.files.http import MethodNotAllowed, expiry_of, limit_of, query, send_list, send_object, tenant_of
@@ -28,7 +28,6 @@ MAX_WINDOW_S = 7 * 86_400
 _UNITS = {"h": 3600, "d": 86_400}
 _WINDOW = re.compile(r"(\d{1,4})([hd])")
 _BATCH = re.compile(r"/v1/batches/(?P<id>[^/]+)(?P<cancel>/cancel)?")
-_PATH_OF_FIELD = re.compile(r" - at `\$\.?(?P<param>[^`]*)`$")
 
 
 class CannotCancel(RequestError):
@@ -135,13 +134,7 @@ class BatchesApp:
 
 def read_create(body: bytes) -> _Create:
     """The body of a creation. Raises :class:`RequestError`, with the field's name where one is at fault."""
-    try:
-        asked = _create.decode(body)
-    except msgspec.ValidationError as error:
-        place = _PATH_OF_FIELD.search(str(error))
-        raise InvalidField(f"Invalid request body: {error}", place["param"] if place else None) from error
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise RequestError(f"The request body is not valid JSON: {error}") from error
+    asked = decode_body(_create, body)
     if asked.endpoint == "/v1/embeddings":
         raise InvalidField("No pool of this deployment serves /v1/embeddings.", "endpoint")
     if asked.endpoint not in ENDPOINTS:

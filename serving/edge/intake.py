@@ -9,6 +9,7 @@ the whole answer; else the default of the class, which also is the most a client
 from __future__ import annotations
 
 import re
+from typing import TypeVar
 
 import msgspec
 
@@ -53,6 +54,7 @@ class Peek(msgspec.Struct):
     store: bool | None = None
 
 
+T = TypeVar("T")
 _peek = msgspec.json.Decoder(Peek)
 
 
@@ -109,21 +111,26 @@ def _is_json(scope: Scope) -> bool:
     return (header(scope, b"content-type") or "").lower().startswith("application/json")
 
 
-def read_peek(body: bytes) -> Peek:
-    """The fields of :class:`Peek`.
+def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """The body as the decoder's type.
 
     Raises:
         RequestError: the body is not JSON.
         InvalidField: it is no object, or a field has the wrong type.
     """
     try:
-        return _peek.decode(body)
+        return decoder.decode(body)
     except msgspec.ValidationError as error:
         place = _PATH_OF_FIELD.search(str(error))
         param = place["param"] if place else None
         raise InvalidField(f"Invalid request body: {error}", param or None) from error
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise RequestError(f"The request body is not valid JSON: {error}") from error
+
+
+def read_peek(body: bytes) -> Peek:
+    """The fields of :class:`Peek`. Raises as :func:`decode_body`."""
+    return decode_body(_peek, body)
 
 
 def read_tier(tier: str | None) -> PriorityClass:
