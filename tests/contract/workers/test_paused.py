@@ -66,6 +66,8 @@ async def test_paused_dispatcher_undoes_nothing(either: Cluster, tmp_path: Path)
     worker = either.add(held=True)
     with running(tmp_path, either.queue_settings, either.settings, "dispatcher") as paused:
         ended, moved = await either.send(5, {"max_tokens": 30}), await either.send(5, {"max_tokens": 60})
+        for record in (ended, moved):
+            await either.running_on(record, worker)
         worker.engine.allow(5)
         await either.emitted(moved, 3)
         await either.emitted(ended, 3)

@@ -26,6 +26,8 @@ async def test_tokens_are_appended_again(lossy: Cluster) -> None:
     worker = lossy.add(held=True)
     lossy.dispatch()
     half, ended = await lossy.send(5, LONG), await lossy.send(5, {"max_tokens": 10})
+    for record in (half, ended):
+        await lossy.running_on(record, worker)
     worker.engine.allow(5)
     await lossy.emitted(half, 5)
     moment = await asyncio.to_thread(Earlier, lossy.server)
@@ -47,6 +49,8 @@ async def test_dispatches_are_made_again(lossy: Cluster) -> None:
     records = [await lossy.send(5, LONG) for _ in range(3)]
     moment = await asyncio.to_thread(Earlier, lossy.server)
     lossy.dispatch()
+    for record in records:
+        await lossy.running_on(record, worker)
     worker.engine.allow(5)
     for record in records:
         await lossy.emitted(record, 3)
