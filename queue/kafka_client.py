@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
+import structlog
 from kafka import KafkaAdminClient
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 from kafka.net.compat import KafkaNetClient
@@ -23,6 +24,8 @@ RECONNECT_BACKOFF_MAX_MS = 500
 TOKENS_HEADER = "t"
 """Prompt tokens in decimal, so that the backlog is counted without decoding records."""
 REASON_HEADER = "reason"
+
+log = structlog.get_logger()
 
 
 class Topics(NamedTuple):
@@ -80,14 +83,29 @@ def open_client(kind: Callable[..., Any], queue: QueueSettings, **config: Any) -
 
 def ensure_topics(admin: KafkaAdminClient, queue: QueueSettings, topics: Topics) -> None:
     """Make the topics that are missing; those that exist keep their partitions and settings."""
-    missing = {*topics.classes, topics.dead} - set(admin.list_topics())
-    if not missing:
-        return
-    shape = {"num_partitions": queue.partitions, "replication_factor": queue.replication}
+    wanted = {*topics.classes, topics.dead}
+    missing = wanted - set(admin.list_topics())
+    shape = {
+        "num_partitions": queue.partitions,
+        "replication_factor": queue.replication,
+        "configs": {"min.insync.replicas": str(queue.min_insync_replicas)},
+    }
     for name in sorted(missing):
         with suppress(TopicAlreadyExistsError):
             admin.create_topics({name: shape})
-    admin.wait_for_topics(sorted(missing), timeout_ms=BOOTSTRAP_TIMEOUT_MS)
+    if missing:
+        admin.wait_for_topics(sorted(missing), timeout_ms=BOOTSTRAP_TIMEOUT_MS)
+    _warn_of_few_copies(admin, queue, sorted(wanted))
+
+
+def _warn_of_few_copies(admin: KafkaAdminClient, queue: QueueSettings, names: list[str]) -> None:
+    """Topics that were there before may have fewer copies than asked for; and whoever has several brokers expects to
+    survive the loss of one."""
+    brokers = len(admin.describe_cluster()["brokers"])
+    for topic in admin.describe_topics(names):
+        copies = min((len(partition["replica_nodes"]) for partition in topic["partitions"]), default=0)
+        if copies < max(queue.replication, min(2, brokers)):
+            log.warning("topic_has_few_copies", topic=topic["name"], copies=copies, wanted=queue.replication)
 
 
 def header(record: Any, name: str) -> bytes:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 CONFIG_VARIABLE = "PENSTOCK_CONFIG"
@@ -72,7 +72,21 @@ class QueueSettings(Section):
     bootstrap: str = Field(default="127.0.0.1:9092", description="Kafka bootstrap servers, comma-separated.")
     partitions: int = Field(default=4, ge=1, description="Partitions of a topic made by Penstock.")
     replication: int = Field(default=1, ge=1, description="Replication factor of a topic made by Penstock.")
+    min_insync: int | None = Field(
+        default=None, ge=1, description="Brokers that must have a record before it counts; default: all but one."
+    )
     max_record_bytes: int = Field(default=900_000, ge=1024, description="Larger records are stored beside.")
+
+    @property
+    def min_insync_replicas(self) -> int:
+        """``min.insync.replicas`` of topics: by default one broker may be away, and where there is but one, none."""
+        return self.min_insync or max(1, self.replication - 1)
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> QueueSettings:
+        if self.min_insync_replicas > self.replication:
+            raise ValueError(f"min_insync is {self.min_insync}, but a topic has {self.replication} replicas only")
+        return self
 
 
 class ModelSettings(Section):

@@ -1,4 +1,4 @@
-"""A private Apache Kafka of one node (KRaft), run from Maven's jars: no distribution to download and unpack."""
+"""A private Apache Kafka of one node or several (KRaft), run from Maven's jars: no distribution to download."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import socket
 import subprocess
 import tempfile
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -53,15 +55,48 @@ def kafka_jars(folder: Path = CACHE) -> Path:
     return folder
 
 
+def _cluster_id() -> str:
+    return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+
+
+@dataclass(frozen=True)
+class Quorum:
+    """What the nodes of one cluster must agree on: its id, and each node's controller port by node id."""
+
+    controllers: dict[int, int] = field(default_factory=lambda: {1: free_port()})
+    cluster_id: str = field(default_factory=_cluster_id)
+
+    @property
+    def replicas(self) -> int:
+        """Copies of each of Kafka's own topics: three, where there are as many nodes."""
+        return min(3, len(self.controllers))
+
+
 class KafkaBroker:
     """``with KafkaBroker(folder) as broker: broker.bootstrap``; data and log live in ``folder`` and survive a
-    restart."""
+    restart.
 
-    def __init__(self, folder: Path, *, jars: Path = CACHE, port: int | None = None) -> None:
+    Args:
+        advertised: the port that clients are told to use, when something (a proxy) stands before this broker.
+        quorum: the cluster it belongs to as ``node``; default: one of its own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        jars: Path = CACHE,
+        port: int | None = None,
+        advertised: int | None = None,
+        quorum: Quorum | None = None,
+        node: int = 1,
+    ) -> None:
         self.folder = folder
         self.port = port or free_port()
         self.bootstrap = f"127.0.0.1:{self.port}"
-        self._controller_port = free_port()
+        self.node = node
+        self._advertised = advertised or self.port
+        self._quorum = quorum or Quorum()
         self._jars = jars
         self.process: ServerProcess | None = None
 
@@ -98,18 +133,20 @@ class KafkaBroker:
 
     def _configure(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
+        quorum = self._quorum
+        voters = [f"{node}@127.0.0.1:{port}" for node, port in quorum.controllers.items()]
         options = {
             "process.roles": "broker,controller",
-            "node.id": 1,
-            "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
-            "listeners": f"PLAINTEXT://{self.bootstrap},CONTROLLER://127.0.0.1:{self._controller_port}",
-            "advertised.listeners": f"PLAINTEXT://{self.bootstrap}",
+            "node.id": self.node,
+            "controller.quorum.voters": ",".join(voters),
+            "listeners": f"PLAINTEXT://{self.bootstrap},CONTROLLER://127.0.0.1:{quorum.controllers[self.node]}",
+            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self._advertised}",
             "controller.listener.names": "CONTROLLER",
             "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "log.dirs": self.folder / "data",
-            "offsets.topic.replication.factor": 1,
+            "offsets.topic.replication.factor": quorum.replicas,
             "offsets.topic.num.partitions": 4,
-            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.replication.factor": quorum.replicas,
             "transaction.state.log.min.isr": 1,
             "group.initial.rebalance.delay.ms": 0,
             "broker.heartbeat.interval.ms": 500,
@@ -121,12 +158,11 @@ class KafkaBroker:
         return properties
 
     def _format(self, properties: Path) -> None:
-        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         command = [
             *self._java(),
             "kafka.tools.StorageTool",
             "format",
-            f"--cluster-id={cluster}",
+            f"--cluster-id={self._quorum.cluster_id}",
             "-c",
             str(properties),
         ]  # it may begin with "-"
@@ -140,6 +176,36 @@ class KafkaBroker:
                 return True
         except OSError:
             return False
+
+
+class KafkaCluster:
+    """``with KafkaCluster(folder) as cluster: cluster.bootstrap``; each of ``brokers`` can be killed by itself."""
+
+    def __init__(self, folder: Path, *, nodes: int = 3, jars: Path = CACHE) -> None:
+        quorum = Quorum({node: free_port() for node in range(1, nodes + 1)})
+        self.brokers = [
+            KafkaBroker(folder / str(node), jars=jars, quorum=quorum, node=node) for node in quorum.controllers
+        ]
+        self.bootstrap = ",".join(broker.bootstrap for broker in self.brokers)
+
+    def start(self) -> None:
+        """Start all side by side: a node accepts no connection before a majority of them has found together."""
+        with ThreadPoolExecutor(len(self.brokers)) as pool:
+            list(pool.map(KafkaBroker.start, self.brokers))
+
+    def stop(self) -> None:
+        """Stop all in good order, side by side. Idempotent."""
+        with ThreadPoolExecutor(len(self.brokers)) as pool:
+            list(pool.map(KafkaBroker.stop, self.brokers))
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
 
 def _need(program: str, what: str) -> str:

@@ -21,7 +21,7 @@ import httpx
 import redis
 from msgspec.msgpack import decode
 
-from penstock.queue.local.kafka_broker import KafkaBroker
+from penstock.queue.local.kafka_broker import KafkaBroker, KafkaCluster
 from penstock.queue.local.process import ServerProcess, free_port
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.redis_client import connect
@@ -53,7 +53,8 @@ class PartEnded(RuntimeError):
 class Shape:
     """What to start. ``settings`` are further settings of all parts, as environment variables.
 
-    ``proxied``: a :class:`FaultProxy` stands between the parts and Redis.
+    ``brokers``: nodes of Kafka, when that is the queue; with three, records are on all of them.
+    ``proxied``: a :class:`FaultProxy` stands between the parts and ``redis``, or the one broker of ``kafka``.
     """
 
     prefill: int = 1
@@ -62,7 +63,8 @@ class Shape:
     dispatchers: int = 2
     ingresses: int = 0
     queue: str = "redis"
-    proxied: bool = False
+    brokers: int = 1
+    proxied: str = ""
     engine: str = "simulated"
     profile: str = STEPS
     limits: dict[str, int] = field(default_factory=lambda: dict(LIMITS))
@@ -97,10 +99,18 @@ class SimulatedStack:
         self.folder = folder
         self.shape = shape
         self.redis = RedisServer(folder / "redis")
-        self.kafka = KafkaBroker(folder / "kafka") if shape.queue == "kafka" else None
         self.parts: dict[str, Part] = {}
-        self.proxy = FaultProxy(folder, self.redis.port) if shape.proxied else None
+        broker = free_port()
+        target = {"redis": self.redis.port, "kafka": broker, "": 0}[shape.proxied]
+        self.proxy = FaultProxy(folder, target) if target else None
+        self.kafka = self._kafka(folder / "kafka", broker) if shape.queue == "kafka" else None
         self._started = 0
+
+    def _kafka(self, folder: Path, port: int) -> KafkaBroker | KafkaCluster:
+        if self.shape.brokers > 1:
+            return KafkaCluster(folder, nodes=self.shape.brokers)
+        through = self.proxy.port if self.proxy is not None and self.shape.proxied == "kafka" else None
+        return KafkaBroker(folder, port=port, advertised=through)  # clients go where a broker says that it is
 
     # -- addresses
 
@@ -112,14 +122,22 @@ class SimulatedStack:
     @property
     def proxied_redis_settings(self) -> RedisSettings:
         """Redis as the parts see it."""
-        return RedisSettings(url=self.redis.url if self.proxy is None else f"redis://127.0.0.1:{self.proxy.port}/0")
+        if self.proxy is None or self.shape.proxied != "redis":
+            return self.redis_settings
+        return RedisSettings(url=f"redis://127.0.0.1:{self.proxy.port}/0")
 
     @property
     def queue_settings(self) -> QueueSettings:
         """The queue the parts use."""
         if self.kafka is None:
             return QueueSettings()
-        return QueueSettings(backend="kafka", bootstrap=self.kafka.bootstrap, partitions=2)
+        through = f"127.0.0.1:{self.proxy.port}" if self.proxy is not None and self.shape.proxied == "kafka" else ""
+        return QueueSettings(
+            backend="kafka",
+            bootstrap=through or self.kafka.bootstrap,
+            partitions=2,
+            replication=self.shape.brokers,
+        )
 
     def of_kind(self, *kinds: str) -> list[Part]:
         """The parts of these kinds, oldest first."""
@@ -226,8 +244,9 @@ class SimulatedStack:
         if self.kafka is not None:
             values |= {
                 "PENSTOCK_QUEUE_BACKEND": "kafka",
-                "PENSTOCK_QUEUE_BOOTSTRAP": self.kafka.bootstrap,
-                "PENSTOCK_QUEUE_PARTITIONS": "2",
+                "PENSTOCK_QUEUE_BOOTSTRAP": self.queue_settings.bootstrap,
+                "PENSTOCK_QUEUE_PARTITIONS": str(self.queue_settings.partitions),
+                "PENSTOCK_QUEUE_REPLICATION": str(self.queue_settings.replication),
             }
         return values | shape.settings
 

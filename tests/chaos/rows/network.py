@@ -1,4 +1,4 @@
-"""The network between the parts and Redis: late, cut, or connected to nobody."""
+"""The network between the parts and Redis or Kafka: late, cut, or connected to nobody."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from tests.chaos.rows.engines import PATIENT
 from tests.support.fault_proxy import FaultProxy
 from tests.support.simulated_stack import Shape
 
-BEHIND_PROXY = Shape(prefill=0, decode=0, mixed=2, proxied=True, settings=PATIENT)
+BEHIND_PROXY = Shape(prefill=0, decode=0, mixed=2, proxied="redis", settings=PATIENT)
+KAFKA_BEHIND_PROXY = Shape(prefill=0, decode=0, mixed=2, queue="kafka", proxied="kafka", settings=PATIENT)
 LATENCY_MS = 30
 """Another region, or a switch in trouble."""
 
@@ -52,5 +53,16 @@ ROWS = [
             Scale.LONG: Size(30, 64, 256, seconds=8),
         },
         network,
-    )
+    ),
+    Row(
+        "network-kafka",
+        "network to Kafka: latency, cut, half-open",
+        KAFKA_BEHIND_PROXY,
+        {
+            Scale.TEST: Size(3, 16, 64, seconds=3),
+            Scale.SHORT: Size(6, 64, 256, seconds=8),
+            Scale.LONG: Size(30, 64, 256, seconds=8),
+        },
+        network,
+    ),
 ]

@@ -5,21 +5,32 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
-from penstock.queue.local.kafka_broker import KafkaBroker
+from kafka import KafkaAdminClient
+from kafka.errors import KafkaError
+
+from penstock.queue.kafka_client import Topics, ensure_topics, open_client
+from penstock.queue.local.kafka_broker import KafkaBroker, KafkaCluster
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.redis_client import connect
+from penstock.queue.settings import QueueSettings
 from tests.chaos.load import Load
 from tests.chaos.outcome import Scale, Size
 from tests.chaos.round import Round
 from tests.chaos.row import Row
 from tests.chaos.rows.engines import PATIENT
-from tests.support.simulated_stack import Shape
+from tests.support.simulated_stack import POOL, Shape
+from tests.support.waiting import eventually_async
 
 MIXED_REDIS = Shape(prefill=0, decode=0, mixed=2, settings=PATIENT)
 MIXED_KAFKA = Shape(prefill=0, decode=0, mixed=2, queue="kafka", settings=PATIENT)
+THREE_BROKERS = Shape(prefill=0, decode=0, mixed=2, queue="kafka", brokers=3, settings=PATIENT)
+IN_SYNC_S = 60.0
+"""For a restarted broker to have caught up: another may not die before, or nobody could be written to."""
 LOST_BYTES = 20_000
 """Cut off the append-only file: some hundred appends, what a second of a busy Redis may lose with its host."""
 
@@ -27,7 +38,32 @@ LOST_BYTES = 20_000
 async def broker_kill(round_: Round) -> None:
     """SIGKILL of the broker that holds the accepted work, and its start again."""
     server = round_.stack.kafka or round_.stack.redis
+    assert not isinstance(server, KafkaCluster)
     await _faults(round_, lambda round_: round_.inject("kill -9 of the broker", _bounce, server))
+
+
+async def leader_kill(round_: Round) -> None:
+    """SIGKILL of the broker that leads most partitions, and its start again: the others lead meanwhile."""
+    cluster = round_.stack.kafka
+    assert isinstance(cluster, KafkaCluster)
+    watch = await asyncio.to_thread(Leaders, round_.stack.queue_settings)
+
+    async def fault(round_: Round) -> None:
+        leader = await asyncio.to_thread(watch.leader)
+        victim = next(broker for broker in cluster.brokers if broker.node == leader)
+        await round_.inject(f"kill -9 of broker {leader}", victim.kill)
+        await eventually_async(lambda: _elsewhere(watch, leader), IN_SYNC_S, "other brokers lead")
+        await asyncio.to_thread(victim.start)
+        await eventually_async(lambda: asyncio.to_thread(watch.in_sync), IN_SYNC_S, "all brokers are in sync")
+
+    try:
+        await _faults(round_, fault)
+    finally:
+        await asyncio.to_thread(watch.close)
+
+
+async def _elsewhere(watch: Leaders, node: int) -> bool:
+    return await asyncio.to_thread(watch.leader) not in (None, node)
 
 
 async def redis_kill(round_: Round) -> None:
@@ -69,6 +105,38 @@ async def _fill(round_: Round) -> None:
         await round_.inject("Redis is full", client.config_set, "maxmemory", 1)
         await round_.sleep(round_.size.seconds)
         await asyncio.to_thread(client.config_set, "maxmemory", 0)
+
+
+class Leaders:
+    """Who leads the partitions of the pool's topics, and whether their copies are complete. Blocking."""
+
+    def __init__(self, queue: QueueSettings) -> None:
+        self._admin = open_client(KafkaAdminClient, queue)
+        self._topics = Topics.of(POOL)
+        ensure_topics(self._admin, queue, self._topics)
+
+    def leader(self) -> int | None:
+        """The node that leads most partitions; None while any has no leader, or nobody answers."""
+        leaders = Counter(partition["leader_id"] for partition in self._partitions())
+        return None if not leaders or -1 in leaders else leaders.most_common(1)[0][0]
+
+    def in_sync(self) -> bool:
+        """Whether every broker has every record."""
+        partitions = self._partitions()
+        return bool(partitions) and all(
+            len(partition["isr_nodes"]) == len(partition["replica_nodes"]) for partition in partitions
+        )
+
+    def close(self) -> None:
+        """Close the client."""
+        self._admin.close()
+
+    def _partitions(self) -> list[dict[str, Any]]:
+        try:
+            topics = self._admin.describe_topics(list(self._topics.classes))
+        except KafkaError:
+            return []
+        return [partition for topic in topics for partition in topic["partitions"]]
 
 
 def _bounce(server: RedisServer | KafkaBroker, lose: bool = False) -> None:
@@ -142,5 +210,12 @@ ROWS = [
         MIXED_KAFKA,
         {Scale.TEST: Size(2, 32, 128), Scale.SHORT: Size(10, 64, 256), Scale.LONG: Size(20, 64, 256)},
         redis_kill,
+    ),
+    Row(
+        "leader-kill-kafka",
+        "kill -9 of the leader, three brokers",
+        THREE_BROKERS,
+        {Scale.TEST: Size(1, 16, 64), Scale.SHORT: Size(4, 64, 256), Scale.LONG: Size(20, 64, 256)},
+        leader_kill,
     ),
 ]
