@@ -16,13 +16,14 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from kafka import KafkaAdminClient
+from confluent_kafka.admin import AdminClient
 
 from penstock.queue.dead_letters import DeadLetter
 from penstock.queue.errors import QueueUnavailable
 from penstock.queue.intake import Entry, Intake
 from penstock.queue.kafka_client import (
     REASON_HEADER,
+    REQUEST_TIMEOUT_S,
     TOKENS_HEADER,
     Topics,
     broker_errors,
@@ -60,7 +61,7 @@ class KafkaQueue:
         self._intake = Intake(self._codec)
         self._loop = asyncio.get_running_loop()
         self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="penstock-kafka-call")
-        self._admin: KafkaAdminClient | None = None
+        self._admin: AdminClient | None = None
         self._publisher: Publisher | None = None
         self._counter: BacklogCounter | None = None
         self._poller: PollThread | None = None
@@ -113,7 +114,7 @@ class KafkaQueue:
 
     async def ping(self) -> None:
         """Return when the broker answers."""
-        await self._call(lambda: self._open_admin().describe_topics([self._topics.dead]), CALL_TIMEOUT_S)
+        await self._call(lambda: self._open_admin().list_topics(self._topics.dead, REQUEST_TIMEOUT_S), CALL_TIMEOUT_S)
 
     @property
     def healthy(self) -> bool:
@@ -200,9 +201,9 @@ class KafkaQueue:
         async with _within(timeout_s):
             return await self._loop.run_in_executor(self._calls, function)
 
-    def _open_admin(self) -> KafkaAdminClient:
+    def _open_admin(self) -> AdminClient:
         if self._admin is None:
-            admin = open_client(KafkaAdminClient, self._settings)
+            admin = open_client(AdminClient, self._settings)
             ensure_topics(admin, self._settings, self._topics)
             self._admin = admin
         return self._admin
@@ -210,7 +211,7 @@ class KafkaQueue:
     def _open_publisher(self) -> None:
         self._open_admin()
         if self._publisher is None:
-            self._publisher = Publisher(self._settings, (*self._topics.classes, self._topics.dead))
+            self._publisher = Publisher(self._settings)
 
     def _open_poller(self) -> None:
         self._open_admin()
@@ -226,9 +227,10 @@ class KafkaQueue:
         return self._counter
 
     def _close_all(self) -> None:
-        for part in (self._poller, self._publisher, self._counter, self._admin):
+        for part in (self._poller, self._publisher, self._counter):
             if part is not None:
                 part.close()
+        self._counter = self._admin = None  # the library ends a client that nobody holds; later it would be too late
 
     def _dead_letters(self) -> DeadLetterTopic:
         return DeadLetterTopic(self._settings, self._topics, self._open_admin())

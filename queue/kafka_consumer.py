@@ -1,32 +1,31 @@
 """The thread that owns the Kafka consumer: polls, keeps the ledgers, commits.
 
-The client must be polled by one thread, always, or the group takes the partitions away. So nothing waits here for the
-event loop: entries go out by ``call_soon_threadsafe``, finished offsets come in through the ledgers under a lock, and
-a class whose entries pile up is paused while polling goes on.
+Whoever polls too rarely loses its partitions. So nothing waits here for the event loop: entries go out by
+``call_soon_threadsafe``, finished offsets come in through the ledgers under a lock, and a class whose entries pile up
+is paused while polling goes on.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Protocol
 
-from kafka import ConsumerRebalanceListener, KafkaConsumer, OffsetAndMetadata, TopicPartition
-from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaError
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from penstock.queue.errors import QueueUnavailable
 from penstock.queue.intake import Entry, Position
-from penstock.queue.kafka_client import REQUEST_TIMEOUT_MS, Topics, open_client, tokens_of
+from penstock.queue.kafka_client import REQUEST_TIMEOUT_S, Partition, Topics, open_client, place, take, tokens_of
 from penstock.queue.ledger import Ledger
 from penstock.queue.settings import QueueSettings
 
-BUSY_POLL_MS = 100
+BUSY_POLL_S = 0.1
 """A poll returns at once when records arrive. With work on loan this bounds how late a commit or a resumed class is
 noticed."""
-IDLE_POLL_MS = 500
+IDLE_POLL_S = 0.5
 """Without work on loan there is nothing to notice: few wake-ups keep an idle consumer under 1 % of a core."""
 FETCH_WAIT_MS = 500
 """How long the broker holds an empty fetch. A resumed class waits for the next fetch, so its buffer holds more than
@@ -44,6 +43,11 @@ STALL_S = 15.0
 MAX_FETCH_BYTES = 1024 * 1024
 """Per partition; at least the broker's own limit of a record."""
 POLL_RECORDS = 500
+PREFETCH_RECORDS = 2000
+"""What the library reads ahead of the poll: a few polls' worth, for what waits there no other consumer can have."""
+PREFETCH_KB = 16 * 1024
+BACKOFF_MS = 20
+"""Before it fetches again after an error, or when it has read ahead enough. The library's 0.5 and 1 s are stalls."""
 
 
 class Sink(Protocol):
@@ -59,7 +63,7 @@ class Sink(Protocol):
         """The thread ended."""
 
 
-class PollThread(ConsumerRebalanceListener):  # type: ignore[misc]  # the library has no types
+class PollThread:
     """One consumer of the pool's group."""
 
     def __init__(self, queue: QueueSettings, topics: Topics, sink: Sink) -> None:
@@ -68,14 +72,15 @@ class PollThread(ConsumerRebalanceListener):  # type: ignore[misc]  # the librar
         self._sink = sink
         self._ranks = {topic: rank for rank, topic in enumerate(topics.classes)}
         self._lock = threading.Lock()
-        self._ledgers: dict[TopicPartition, Ledger] = {}
-        self._dirty: set[TopicPartition] = set()
+        self._ledgers: dict[Partition, Ledger] = {}
+        self._dirty: set[Partition] = set()
+        self._paused: set[Partition] = set()
         self._flushes: list[Future[None]] = []
         self._committed_at = 0.0
         self._polled_at = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="penstock-kafka-poll", daemon=True)
-        self._consumer: KafkaConsumer
+        self._consumer: Consumer
         self.connected: Future[None] = Future()
         self.full_ranks: frozenset[int] = frozenset()
         """Classes to read no more of for now; set by the event loop."""
@@ -93,7 +98,7 @@ class PollThread(ConsumerRebalanceListener):  # type: ignore[misc]  # the librar
         """Note finished records; committed within :data:`COMMIT_INTERVAL_S`. From any thread."""
         with self._lock:
             for topic, number, offset in positions:
-                partition = TopicPartition(topic, number)
+                partition = Partition(topic, number)
                 if partition in self._ledgers and self._ledgers[partition].finish(int(offset)):
                     self._dirty.add(partition)
 
@@ -109,28 +114,6 @@ class PollThread(ConsumerRebalanceListener):  # type: ignore[misc]  # the librar
         """Commit, leave the group and end. Blocks."""
         self._stop.set()
         self._thread.join()
-
-    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        """Whatever was known of them is old; a ledger is opened with a partition's first records."""
-        with self._lock:
-            self._forget(set(assigned))
-
-    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        """Commit while the partitions are still ours, then forget them. Called on the client's own I/O thread."""
-        partitions = set(revoked)
-        with self._lock:
-            offsets = self._offsets(self._dirty & partitions)
-            self._forget(partitions)
-        if offsets:
-            self._consumer.commit_async(offsets)
-        self._sink.revoked({(partition.topic, partition.partition) for partition in partitions})
-
-    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
-        """The group went on without us: somebody else commits for these now."""
-        partitions = set(lost)
-        with self._lock:
-            self._forget(partitions)
-        self._sink.revoked({(partition.topic, partition.partition) for partition in partitions})
 
     def _run(self) -> None:
         try:
@@ -148,72 +131,113 @@ class PollThread(ConsumerRebalanceListener):  # type: ignore[misc]  # the librar
             failure = error
         self._sink.stopped(failure)
         _answer(self._flushes, QueueUnavailable("the consumer was closed"))
-        self._consumer.close(autocommit=False, timeout_ms=REQUEST_TIMEOUT_MS)
+        self._consumer.close()
 
     def _connect(self) -> None:
         self._consumer = open_client(
-            KafkaConsumer,
+            Consumer,
             self._settings,
-            group_id=self._topics.group,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            partition_assignment_strategy=[CooperativeStickyAssignor],
-            fetch_min_bytes=1,
-            fetch_max_wait_ms=FETCH_WAIT_MS,
-            max_partition_fetch_bytes=MAX_FETCH_BYTES,
-            max_poll_records=POLL_RECORDS,
-            session_timeout_ms=SESSION_TIMEOUT_MS,
-            heartbeat_interval_ms=HEARTBEAT_MS,
-            max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
-            metrics_enabled=False,
+            {
+                "group.id": self._topics.group,
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "earliest",
+                "partition.assignment.strategy": "cooperative-sticky",
+                "fetch.min.bytes": 1,
+                "fetch.wait.max.ms": FETCH_WAIT_MS,
+                "fetch.error.backoff.ms": BACKOFF_MS,
+                "fetch.queue.backoff.ms": BACKOFF_MS,
+                "max.partition.fetch.bytes": MAX_FETCH_BYTES,
+                "queued.min.messages": PREFETCH_RECORDS,
+                "queued.max.messages.kbytes": PREFETCH_KB,
+                "session.timeout.ms": SESSION_TIMEOUT_MS,
+                "heartbeat.interval.ms": HEARTBEAT_MS,
+                "max.poll.interval.ms": MAX_POLL_INTERVAL_MS,
+                "on_commit": self._committed,
+            },
         )
-        self._consumer.subscribe(self._topics.classes, listener=self)
+        self._consumer.subscribe(
+            list(self._topics.classes), on_assign=self._gained, on_revoke=self._revoked, on_lost=self._lost
+        )
+
+    # -- the group's changes; called by the library within a poll
+
+    def _gained(self, _: Consumer, gained: list[TopicPartition]) -> None:
+        """Whatever was known of them is old; a ledger is opened with a partition's first records."""
+        self._forget(_partitions(gained))
+
+    def _revoked(self, _: Consumer, revoked: list[TopicPartition]) -> None:
+        """Commit while the partitions are still ours, then forget them."""
+        partitions = _partitions(revoked)
+        with self._lock:
+            offsets = self._offsets(self._dirty & partitions)
+        if offsets:
+            self._consumer.commit(offsets=offsets, asynchronous=True)
+        self._give_up(partitions)
+
+    def _lost(self, _: Consumer, lost: list[TopicPartition]) -> None:
+        """The group went on without us: somebody else commits for these now."""
+        self._give_up(_partitions(lost))
+
+    def _give_up(self, partitions: set[Partition]) -> None:
+        self._forget(partitions)
+        self._paused -= partitions
+        self._sink.revoked({(partition.topic, partition.number) for partition in partitions})
+
+    # -- polling
 
     def _poll(self) -> None:
         with self._lock:
             busy = bool(self._dirty) or any(ledger.pending for ledger in self._ledgers.values())
-        batches = self._consumer.poll(timeout_ms=BUSY_POLL_MS if busy else IDLE_POLL_MS)
+        batches: defaultdict[Partition, list[Message]] = defaultdict(list)
+        for message in take(self._consumer, POLL_RECORDS, BUSY_POLL_S if busy else IDLE_POLL_S):
+            batches[place(message)[0]].append(message)
         self._polled_at = time.monotonic()
-        for partition, records in batches.items():
-            self._hand_out(partition, records)
+        assigned = _partitions(self._consumer.assignment())
+        for partition in batches.keys() & assigned:  # one may have been revoked while the batch was being taken
+            self._hand_out(partition, batches[partition])
         self._commit_if_due()
-        self._apply_pauses()
+        self._apply_pauses(assigned)
 
-    def _hand_out(self, partition: TopicPartition, records: list[Any]) -> None:
-        if partition not in self._consumer.assignment():  # revoked while the batch was on its way
-            return
-        ledger = self._ledgers.get(partition) or self._open_ledger(partition, records[0].offset)
+    def _hand_out(self, partition: Partition, messages: list[Message]) -> None:
+        entries = [self._entry(message) for message in messages]
+        ledger = self._ledgers.get(partition) or self._open_ledger(partition, int(entries[0].position[2]))
         with self._lock:
             self._ledgers[partition] = ledger
-            fresh = [self._entry(record) for record in records if ledger.deliver(record.offset)]
+            fresh = [entry for entry in entries if ledger.deliver(int(entry.position[2]))]
         if fresh:
             self._sink.arrived(fresh)
 
-    def _open_ledger(self, partition: TopicPartition, first_offset: int) -> Ledger:
-        committed = self._consumer.committed(partition, metadata=True, timeout_ms=REQUEST_TIMEOUT_MS)
-        if committed is None or committed.offset < 0:
+    def _open_ledger(self, partition: Partition, first_offset: int) -> Ledger:
+        (committed,) = self._consumer.committed([TopicPartition(*partition)], REQUEST_TIMEOUT_S)
+        if committed.error is not None:
+            raise KafkaException(committed.error)
+        if committed.offset < 0:
             return Ledger(first_offset)
         return Ledger(committed.offset, committed.metadata or "")
 
-    def _entry(self, record: Any) -> Entry:
+    def _entry(self, message: Message) -> Entry:
+        (topic, number), offset = place(message)
         return Entry(
-            order=(self._ranks[record.topic], record.timestamp, record.partition, record.offset),
-            tokens=tokens_of(record),
-            data=record.value or b"",
-            position=(record.topic, record.partition, str(record.offset)),
+            order=(self._ranks[topic], message.timestamp()[1], number, offset),
+            tokens=tokens_of(message),
+            data=message.value() or b"",
+            position=(topic, number, str(offset)),
         )
+
+    # -- committing
 
     def _commit_if_due(self) -> None:
         now = time.monotonic()
         with self._lock:
             flushing = bool(self._flushes)
             due = bool(self._dirty) and now - self._committed_at >= COMMIT_INTERVAL_S
-            offsets = {} if flushing or not due else self._take_dirty()
+            offsets = self._take_dirty() if due and not flushing else []
         if flushing:
             self._commit_all()
-        elif due:
+        elif offsets:
             self._committed_at = now
-            self._consumer.commit_async(offsets, callback=self._commit_done)
+            self._consumer.commit(offsets=offsets, asynchronous=True)
 
     def _commit_all(self) -> None:
         """Commit every partition and wait for the broker."""
@@ -222,42 +246,51 @@ class PollThread(ConsumerRebalanceListener):  # type: ignore[misc]  # the librar
             offsets = self._take_dirty()
             flushes, self._flushes = self._flushes, []
         try:
-            self._consumer.commit(offsets, timeout_ms=REQUEST_TIMEOUT_MS)
+            if offsets:
+                self._consumer.commit(offsets=offsets, asynchronous=False)
             _answer(flushes, None)
-        except KafkaError as error:
-            self._commit_done(offsets, error)
-            _answer(flushes, QueueUnavailable(f"Kafka did not commit: {error!r}"))
+        except KafkaException as error:
+            self._commit_again(offsets)
+            _answer(flushes, QueueUnavailable(f"Kafka did not commit: {error}"))
 
-    def _take_dirty(self) -> dict[TopicPartition, OffsetAndMetadata]:
+    def _committed(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
+        """Called by the library within a poll: what was not committed is tried again with the next commit."""
+        self._commit_again(offset for offset in offsets if error is not None or offset.error is not None)
+
+    def _commit_again(self, offsets: Iterable[TopicPartition]) -> None:
+        failed = _partitions(offsets)
+        with self._lock:
+            self._dirty |= failed & self._ledgers.keys()
+
+    def _take_dirty(self) -> list[TopicPartition]:
         offsets = self._offsets(self._dirty)
         self._dirty.clear()
         return offsets
 
-    def _commit_done(self, offsets: dict[TopicPartition, OffsetAndMetadata], result: Any) -> None:
-        if isinstance(result, Exception):  # try again with the next one
-            with self._lock:
-                self._dirty |= offsets.keys() & self._ledgers.keys()
+    def _offsets(self, partitions: set[Partition]) -> list[TopicPartition]:
+        return [
+            TopicPartition(*partition, ledger.watermark, metadata=ledger.metadata())
+            for partition, ledger in self._ledgers.items()
+            if partition in partitions
+        ]
 
-    def _apply_pauses(self) -> None:
-        assigned = self._consumer.assignment()
+    def _apply_pauses(self, assigned: set[Partition]) -> None:
         full = {partition for partition in assigned if self._ranks[partition.topic] in self.full_ranks}
-        paused = self._consumer.paused()
-        if full - paused:
-            self._consumer.pause(*(full - paused))
-        if paused - full:
-            self._consumer.resume(*(paused - full))
+        if pause := [TopicPartition(*partition) for partition in full - self._paused]:
+            self._consumer.pause(pause)
+        if resume := [TopicPartition(*partition) for partition in self._paused - full]:
+            self._consumer.resume(resume)
+        self._paused = full
 
-    def _offsets(self, partitions: set[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
-        ledgers = {partition: self._ledgers[partition] for partition in partitions & self._ledgers.keys()}
-        return {
-            partition: OffsetAndMetadata(ledger.watermark, ledger.metadata(), -1)
-            for partition, ledger in ledgers.items()
-        }
+    def _forget(self, partitions: set[Partition]) -> None:
+        with self._lock:
+            self._dirty -= partitions
+            for partition in partitions:
+                self._ledgers.pop(partition, None)
 
-    def _forget(self, partitions: set[TopicPartition]) -> None:
-        self._dirty -= partitions
-        for partition in partitions:
-            self._ledgers.pop(partition, None)
+
+def _partitions(offsets: Iterable[TopicPartition]) -> set[Partition]:
+    return {Partition(offset.topic, offset.partition) for offset in offsets}
 
 
 def _answer(flushes: list[Future[None]], failure: QueueUnavailable | None) -> None:

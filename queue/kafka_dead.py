@@ -8,31 +8,22 @@ group after ``offsets.retention.minutes``, a week by default: letters dropped be
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from collections.abc import Collection
 
-from kafka import KafkaAdminClient, OffsetAndMetadata, TopicPartition
-from kafka.errors import CoordinatorNotAvailableError, NoError
+from confluent_kafka import Message, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from penstock.queue.dead_letters import DeadLetter
-from penstock.queue.errors import QueueUnavailable
-from penstock.queue.kafka_client import REASON_HEADER, Topics, broker_errors, header
+from penstock.queue.kafka_client import REASON_HEADER, Partition, Topics, answers, broker_errors, header, place
 from penstock.queue.kafka_depth import LogReader
 from penstock.queue.ledger import Ledger, Range
 from penstock.queue.settings import QueueSettings
-
-COORDINATOR_TRIES = 20
-COORDINATOR_PAUSE_S = 0.2
-"""Four seconds in all: making the topic takes one, and an election after a broker's death a few."""
-
-T = TypeVar("T")
 
 
 class DeadLetterTopic:
     """Reads and drops dead letters. All methods block."""
 
-    def __init__(self, settings: QueueSettings, topics: Topics, admin: KafkaAdminClient) -> None:
+    def __init__(self, settings: QueueSettings, topics: Topics, admin: AdminClient) -> None:
         self._settings = settings
         self._topic = topics.dead
         self._group = f"{topics.group}.dead"
@@ -40,67 +31,58 @@ class DeadLetterTopic:
 
     def read(self, limit: int) -> list[DeadLetter]:
         """The oldest ``limit`` letters that were not dropped."""
-        with contextlib.closing(LogReader(self._settings, (self._topic,))) as reader:
+        with self._reader() as reader:
             bounds = reader.bounds()
-            ledgers = self._ledgers(bounds)
+            ledgers = _ledgers(reader, bounds)
             ranges = {partition: (ledgers[partition].watermark, end) for partition, (_, end) in bounds.items()}
-            found = [row for row in reader.read(ranges) if ledgers[row[0]].deliver(row[1].offset)]
-        found.sort(key=lambda row: row[1].timestamp)
-        return [_letter(partition, record) for partition, record in found[:limit]]
+            found = [message for message in reader.read(ranges) if _kept(message, ledgers)]
+        found.sort(key=lambda message: message.timestamp()[1])
+        return [_letter(message) for message in found[:limit]]
 
     def drop(self, ids: Collection[str]) -> int:
         """Forget these letters; returns how many there were."""
-        with contextlib.closing(LogReader(self._settings, (self._topic,))) as reader:
+        with self._reader() as reader:
             bounds = reader.bounds()
-        ledgers = self._ledgers(bounds)
-        dropped = 0
-        for partition, ledger in ledgers.items():
-            for offset in range(ledger.watermark, bounds[partition][1]):
-                if ledger.deliver(offset) and _id(partition, offset) in ids:
-                    dropped += ledger.finish(offset)
-        self._commit(ledgers)
+            ledgers = _ledgers(reader, bounds)
+            dropped = 0
+            for partition, ledger in ledgers.items():
+                for offset in range(ledger.watermark, bounds[partition][1]):
+                    if ledger.deliver(offset) and _id(partition, offset) in ids:
+                        dropped += ledger.finish(offset)
+            reader.commit(ledgers)
+        self._cut(ledgers)
         return dropped
 
-    def _ledgers(self, bounds: dict[TopicPartition, Range]) -> dict[TopicPartition, Ledger]:
-        offsets = _coordinated(lambda: self._admin.list_group_offsets({self._group: list(bounds)})[self._group])
-        ledgers = {}
-        for partition, (start, _) in bounds.items():
-            committed = offsets.get(partition)
-            known = committed is not None and committed.offset >= start
-            ledgers[partition] = Ledger(committed.offset, committed.metadata or "") if known else Ledger(start)
-        return ledgers
+    def _reader(self) -> contextlib.closing[LogReader]:
+        return contextlib.closing(LogReader(self._settings, (self._topic,), self._group, self._admin))
 
-    def _commit(self, ledgers: dict[TopicPartition, Ledger]) -> None:
-        offsets = {
-            partition: OffsetAndMetadata(ledger.watermark, ledger.metadata(), -1)
-            for partition, ledger in ledgers.items()
-        }
-        answers = _coordinated(lambda: self._admin.alter_group_offsets(self._group, offsets))
+    def _cut(self, ledgers: dict[Partition, Ledger]) -> None:
+        below = [TopicPartition(*partition, ledger.watermark) for partition, ledger in ledgers.items()]
         with broker_errors():
-            self._admin.delete_records({partition: ledger.watermark for partition, ledger in ledgers.items()})
-        if failed := {error for error in answers.values() if error is not NoError}:
-            raise QueueUnavailable(f"Kafka did not forget the dead letters: {failed}")
+            answers(lambda: self._admin.delete_records(below))
 
 
-def _coordinated(call: Callable[[], T]) -> T:
-    """The call's answer, once the group has a coordinator: a new broker first makes the topic for offsets."""
-    with broker_errors():
-        for _ in range(COORDINATOR_TRIES):
-            try:
-                return call()
-            except CoordinatorNotAvailableError:
-                time.sleep(COORDINATOR_PAUSE_S)
-        return call()
+def _ledgers(reader: LogReader, bounds: dict[Partition, Range]) -> dict[Partition, Ledger]:
+    committed = reader.finished()
+    return {
+        partition: Ledger(*committed[partition]) if committed[partition][0] >= start else Ledger(start)
+        for partition, (start, _) in bounds.items()
+    }
 
 
-def _id(partition: TopicPartition, offset: int) -> str:
-    return f"{partition.partition}-{offset}"
+def _kept(message: Message, ledgers: dict[Partition, Ledger]) -> bool:
+    partition, offset = place(message)
+    return ledgers[partition].deliver(offset)
 
 
-def _letter(partition: TopicPartition, record: Any) -> DeadLetter:
+def _id(partition: Partition, offset: int) -> str:
+    return f"{partition.number}-{offset}"
+
+
+def _letter(message: Message) -> DeadLetter:
     return DeadLetter(
-        id=_id(partition, record.offset),
-        data=record.value or b"",
-        reason=header(record, REASON_HEADER).decode(),
-        at_ms=record.timestamp,
+        id=_id(*place(message)),
+        data=message.value() or b"",
+        reason=header(message, REASON_HEADER).decode(),
+        at_ms=message.timestamp()[1],
     )

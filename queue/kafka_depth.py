@@ -5,75 +5,116 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
-from typing import Any
 
-from kafka import KafkaAdminClient, KafkaConsumer, OffsetAndMetadata, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from penstock.queue.errors import QueueUnavailable
-from penstock.queue.kafka_client import Topics, broker_errors, open_client, tokens_of
-from penstock.queue.ledger import Range, decode_finished
+from penstock.queue.kafka_client import (
+    REQUEST_TIMEOUT_S,
+    SETTLE_S,
+    Partition,
+    Topics,
+    answers,
+    broker_errors,
+    open_client,
+    place,
+    settled,
+    take,
+    tokens_of,
+)
+from penstock.queue.ledger import Ledger, Range, decode_finished
 from penstock.queue.protocol import Depth
 from penstock.queue.records import PriorityClass, now_ms
 from penstock.queue.settings import QueueSettings
 
 READ_TIMEOUT_S = 10.0
 """A first look at a long backlog reads all of it, 50 MB a second at worst; later ones read only what is new."""
-POLL_TIMEOUT_MS = 100
+POLL_TIMEOUT_S = 0.1
 """Only how often the deadline is looked at: a poll returns when records arrive."""
 MAX_FETCH_BYTES = 1024 * 1024
+READ_RECORDS = 1000
 
 
 class LogReader:
-    """Reads topics from an offset up to their present end. Belongs to no group and commits nothing. Blocks.
+    """Reads topics from an offset up to their present end, and what ``group`` has finished of them, without joining it.
+    All methods block."""
 
-    All partitions stay assigned, for the client forgets a topic that is not, and are paused but while read.
-    """
-
-    def __init__(self, queue: QueueSettings, topics: tuple[str, ...]) -> None:
+    def __init__(self, queue: QueueSettings, topics: tuple[str, ...], group: str, admin: AdminClient) -> None:
+        self._admin = admin
         self._consumer = open_client(
-            KafkaConsumer,
+            Consumer,
             queue,
-            group_id=None,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            max_partition_fetch_bytes=MAX_FETCH_BYTES,
-            metrics_enabled=False,
+            {
+                "group.id": group,
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "earliest",
+                "max.partition.fetch.bytes": MAX_FETCH_BYTES,
+            },
         )
         with broker_errors():
-            self.partitions = [
-                TopicPartition(topic, number)
-                for topic in topics
-                for number in sorted(self._consumer.partitions_for_topic(topic))
-            ]
-            self._consumer.assign(self.partitions)
-            self._consumer.pause(*self.partitions)
+            known = self._consumer.list_topics(timeout=REQUEST_TIMEOUT_S).topics
+        self.partitions = [Partition(topic, number) for topic in topics for number in sorted(known[topic].partitions)]
 
-    def bounds(self) -> dict[TopicPartition, Range]:
+    def bounds(self) -> dict[Partition, Range]:
         """The first offset kept and the end of each partition."""
-        with broker_errors():
-            first = self._consumer.beginning_offsets(self.partitions)
-            end = self._consumer.end_offsets(self.partitions)
+        first, end = self._offsets(OffsetSpec.earliest()), self._offsets(OffsetSpec.latest())
         return {partition: (first[partition], end[partition]) for partition in self.partitions}
 
-    def read(self, ranges: dict[TopicPartition, Range]) -> Iterator[tuple[TopicPartition, Any]]:
+    def finished(self) -> dict[Partition, tuple[int, str]]:
+        """The offset the group has committed of each partition, negative for none, and its metadata."""
+        asked = [TopicPartition(*partition) for partition in self.partitions]
+        with broker_errors():
+            found = settled(lambda: _sound(self._consumer.committed(asked, SETTLE_S)))
+        return {Partition(offset.topic, offset.partition): (offset.offset, offset.metadata or "") for offset in found}
+
+    def commit(self, ledgers: dict[Partition, Ledger]) -> None:
+        """Have the group, which must be without members, finish this. Raises :class:`QueueUnavailable`."""
+        offsets = [TopicPartition(*p, ledger.watermark, metadata=ledger.metadata()) for p, ledger in ledgers.items()]
+        with broker_errors():
+            settled(lambda: _sound(self._consumer.commit(offsets=offsets, asynchronous=False)))
+
+    def read(self, ranges: dict[Partition, Range]) -> Iterator[Message]:
         """The records of each range. Raises :class:`QueueUnavailable` after :data:`READ_TIMEOUT_S`."""
-        ends = {partition: end for partition, (start, end) in ranges.items() if start < end}
+        left = {partition: end for partition, (start, end) in ranges.items() if start < end}
         deadline = time.monotonic() + READ_TIMEOUT_S
-        for partition in ends:
-            self._consumer.seek(partition, ranges[partition][0])
-        self._consumer.resume(*ends)
+        self._consumer.assign([TopicPartition(*partition, ranges[partition][0]) for partition in left])
         try:
-            while any(self._consumer.position(partition) < end for partition, end in ends.items()):
+            while left:
                 if time.monotonic() > deadline:
                     raise QueueUnavailable(f"Kafka did not deliver the backlog within {READ_TIMEOUT_S:.0f} s")
-                for partition, records in self._consumer.poll(timeout_ms=POLL_TIMEOUT_MS).items():
-                    yield from ((partition, record) for record in records if record.offset < ends[partition])
+                yield from self._next(left)
         finally:
-            self._consumer.pause(*ends)
+            self._consumer.unassign()
 
     def close(self) -> None:
         """Disconnect."""
-        self._consumer.close(autocommit=False)
+        self._consumer.close()
+
+    def _next(self, left: dict[Partition, int]) -> Iterator[Message]:
+        """The next records before their partition's end; a partition whose end was reached is dropped from ``left``."""
+        with broker_errors():
+            messages = take(self._consumer, READ_RECORDS, POLL_TIMEOUT_S)
+        for message in messages:
+            partition, offset = place(message)
+            if offset < left.get(partition, 0):
+                yield message
+            if offset + 1 >= left.get(partition, 0):
+                left.pop(partition, None)
+
+    def _offsets(self, which: OffsetSpec) -> dict[Partition, int]:
+        with broker_errors():
+            found = answers(lambda: self._admin.list_offsets({TopicPartition(*p): which for p in self.partitions}))
+        return {Partition(p.topic, p.partition): result.offset for p, result in found.items()}
+
+
+def _sound(offsets: list[TopicPartition]) -> list[TopicPartition]:
+    """These, if each was answered. Raises :class:`KafkaException`."""
+    for offset in offsets:
+        if offset.error is not None:
+            raise KafkaException(offset.error)
+    return offsets
 
 
 class _Partition:
@@ -83,8 +124,8 @@ class _Partition:
         self.read_to = 0
         self._records: dict[int, tuple[int, int]] = {}
 
-    def add(self, record: Any) -> None:
-        self._records[record.offset] = (tokens_of(record), record.timestamp)
+    def add(self, message: Message) -> None:
+        self._records[place(message)[1]] = (tokens_of(message), message.timestamp()[1])
 
     def unfinished(self, watermark: int, finished: list[Range]) -> list[tuple[int, int]]:
         """(tokens, timestamp) of what is not finished; what is below the watermark is forgotten."""
@@ -104,21 +145,20 @@ class BacklogCounter:
     Tokens are in a header and the time is the record's own; each record is read once and remembered while unfinished.
     """
 
-    def __init__(self, queue: QueueSettings, topics: Topics, admin: KafkaAdminClient) -> None:
+    def __init__(self, queue: QueueSettings, topics: Topics, admin: AdminClient) -> None:
         self._topics = topics
-        self._admin = admin
-        self._reader = LogReader(queue, topics.classes)
+        self._reader = LogReader(queue, topics.classes, topics.group, admin)
         self._cache = {partition: _Partition() for partition in self._reader.partitions}
 
     def count(self) -> dict[PriorityClass, Depth]:
         """Backlog by class. Blocks."""
         bounds = self._reader.bounds()  # before the commits, so that what ends in between is not counted
-        committed = self._committed()
-        watermarks = {partition: max(bounds[partition][0], committed[partition].offset) for partition in bounds}
+        committed = self._reader.finished()
+        watermarks = {partition: max(bounds[partition][0], committed[partition][0]) for partition in bounds}
         self._catch_up(watermarks, {partition: end for partition, (_, end) in bounds.items()})
         rows: dict[str, list[tuple[int, int]]] = {topic: [] for topic in self._topics.classes}
         for partition, cache in self._cache.items():
-            finished = list(decode_finished(committed[partition].offset, committed[partition].metadata or ""))
+            finished = list(decode_finished(*committed[partition]))
             rows[partition.topic] += cache.unfinished(watermarks[partition], finished)
         return {cls: _depth(rows[topic]) for cls, topic in zip(PriorityClass, self._topics.classes, strict=True)}
 
@@ -126,16 +166,10 @@ class BacklogCounter:
         """Disconnect."""
         self._reader.close()
 
-    def _committed(self) -> dict[TopicPartition, OffsetAndMetadata]:
-        group = self._topics.group
-        with broker_errors():
-            offsets = self._admin.list_group_offsets({group: self._reader.partitions})
-        return dict(offsets[group])
-
-    def _catch_up(self, watermarks: dict[TopicPartition, int], ends: dict[TopicPartition, int]) -> None:
+    def _catch_up(self, watermarks: dict[Partition, int], ends: dict[Partition, int]) -> None:
         ranges = {p: (max(cache.read_to, watermarks[p]), ends[p]) for p, cache in self._cache.items()}
-        for partition, record in self._reader.read(ranges):
-            self._cache[partition].add(record)
+        for message in self._reader.read(ranges):
+            self._cache[place(message)[0]].add(message)
         for partition, (start, end) in ranges.items():
             self._cache[partition].read_to = max(start, end)
 

@@ -107,6 +107,7 @@ async def _vllm_app(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
+    from vllm.envs import enable_envs_cache
     from vllm.usage.usage_lib import UsageContext
 
     from penstock.serving import output_queue
@@ -126,6 +127,7 @@ async def _vllm_app(
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, config.model_config)
     await init_app_state(engine, app.state, args, tasks)
+    enable_envs_cache()  # as in vLLM's engines: it reads its variables several times a token
     return app, core
 
 

@@ -38,6 +38,11 @@ OBJECT_STORE_BYTES = 80 * 1024 * 1024
 """Ray's minimum, nearly: neither requests nor tokens nor KV caches pass through the object store."""
 RAY_START_TRIES = 3
 """Ray gives its own processes a fixed 30 s to start, which a laptop that imports vLLM several times over can exceed."""
+RAY_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # Ray's 15 would let the ingress starve the engines
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # Ray's 0.1 takes 4 % of a core to be told what leases tell sooner
+}
+"""For a local Ray, unless set otherwise."""
 RAY_TEMP_VARIABLE = "PENSTOCK_RAY_TEMP"
 """Folder for the files of a local Ray; short, for a socket's path holds 107 bytes."""
 
@@ -105,7 +110,8 @@ def app(_: dict[str, str] | None = None) -> Application:
 def run_local(temp_dir: str | None = None) -> None:
     """Run the application on a Ray of this machine's own until SIGTERM or SIGINT; then take it down."""
     configure_logging("workers")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let the ingress starve the engines
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     workers = WorkerSettings()
     started = time.monotonic()
     _start_ray(workers, temp_dir)

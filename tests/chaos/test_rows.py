@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import logging
 import os
 import random
-import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -21,10 +18,7 @@ from tests.chaos.stacks import Stacks
 pytestmark = [
     pytest.mark.chaos,
     pytest.mark.timeout(900),  # an ingress imports vLLM: minutes, on a machine that is doing other things
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),  # kafka-python drops refused sockets unclosed
 ]
-logging.getLogger("kafka").setLevel(logging.CRITICAL)
-"""Brokers are killed on purpose here, and a captured log record would keep the dropped sockets alive."""
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +26,6 @@ def stacks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stacks]:
     """One deployment at a time, kept while rows want the same."""
     with Stacks(tmp_path_factory.mktemp("chaos")) as running:
         yield running
-    with warnings.catch_warnings():  # here and now, not in somebody else's test
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import logging
-import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,9 +12,6 @@ from penstock.queue.local.kafka_broker import KafkaBroker
 from penstock.queue.local.redis_server import RedisServer
 from tests.contract.queue.harness import Harness, settings
 from tests.contract.servers import Server, start
-
-logging.getLogger("kafka").setLevel(logging.CRITICAL)
-"""Brokers are killed on purpose here, and a captured log record would keep the dropped sockets alive."""
 
 
 @pytest_asyncio.fixture(params=["redis", "kafka"])
@@ -30,7 +24,7 @@ async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
         bootstrap = broker.bootstrap
     opened = Harness(*settings(request.param, bootstrap, redis_server.url))
     yield opened
-    await close(opened)
+    await opened.close()
 
 
 @pytest_asyncio.fixture(params=["redis", "kafka"])
@@ -43,13 +37,5 @@ async def outage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
     bootstrap = server.bootstrap if isinstance(server, KafkaBroker) else "127.0.0.1:9"
     opened = Harness(*settings(request.param, bootstrap, url))
     yield opened, server
-    await close(opened)
-    server.stop()
-
-
-async def close(opened: Harness) -> None:
-    """Close everything, here and now."""
     await opened.close()
-    with warnings.catch_warnings():  # kafka-python drops the sockets of refused connections without closing them
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
+    server.stop()

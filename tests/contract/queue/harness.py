@@ -6,7 +6,7 @@ import itertools
 import uuid
 
 import redis.asyncio
-from kafka import KafkaProducer
+from confluent_kafka import Producer
 
 from penstock.queue.factory import open_queue
 from penstock.queue.protocol import RequestQueue
@@ -64,9 +64,9 @@ class Harness:
             await self.redis.xadd(prefix + "standard", {"t": tokens, "r": data})
             await self.redis.hincrby(prefix + "tokens", "1", tokens)
         else:
-            producer = KafkaProducer(bootstrap_servers=self.settings.bootstrap)
-            producer.send(f"requests.{self.pool}.standard", data, headers=[("t", b"%d" % tokens)]).get(10)
-            producer.close()
+            producer = Producer({"bootstrap.servers": self.settings.bootstrap})
+            producer.produce(f"requests.{self.pool}.standard", data, headers=[("t", b"%d" % tokens)])
+            assert producer.flush(10) == 0
 
     async def close(self) -> None:
         """Close everything that was opened."""

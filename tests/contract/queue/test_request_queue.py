@@ -21,12 +21,7 @@ from penstock.queue.records import PriorityClass, Record, encode_record
 from tests.contract.queue.harness import Harness, settings
 from tests.contract.servers import Server
 
-pytestmark = [
-    pytest.mark.contract,
-    pytest.mark.asyncio,
-    # kafka-python drops the sockets of refused connections without closing them
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-]
+pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
 
 PLENTY = Budget(requests=1000, tokens=10_000_000)
 SCRIPT = Path(__file__).with_name("consume_half.py")
@@ -408,7 +403,6 @@ async def test_a_killed_consumer_loses_nothing_and_repeats_nothing_finished(harn
     assert sorted(ids(rest)) == sorted(set(ids(records)) - set(done))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # kafka-python leaves refused sockets
 @pytest.mark.parametrize("operation", ["publish", "ping"])
 async def test_an_absent_broker_is_told(harness: Harness, operation: str) -> None:
     broken = Harness(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import uuid
-import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +72,3 @@ async def on_kafka(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[C
     yield cluster
     await cluster.close()
     await asyncio.to_thread(broker.stop)
-    with warnings.catch_warnings():  # kafka-python drops the sockets of refused connections without closing them
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()

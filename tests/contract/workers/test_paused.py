@@ -16,11 +16,7 @@ from tests.contract.workers.cluster import MIXED, Cluster
 from tests.contract.workers.conftest import settings
 from tests.contract.workers.paused import running
 
-pytestmark = [
-    pytest.mark.contract,
-    pytest.mark.asyncio,
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-]
+pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
 
 
 @pytest_asyncio.fixture(params=["redis", "kafka"])
