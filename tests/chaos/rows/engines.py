@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 
@@ -79,9 +78,8 @@ async def kv_load_failure(round_: Round) -> None:
     """Every sixteenth KV transfer fails: computed again, at little cost."""
     long = round_.prompt(400)
     calm = await _goodput(round_, long)
-    failing = json.dumps(round_.stack.shape.limits | {"kv_load_fails_every": FAILS_EVERY})
     for part in round_.stack.of_kind("decode"):
-        successor = round_.stack.add("decode", PENSTOCK_MODEL_ENGINE_ARGS=failing)
+        successor = await asyncio.to_thread(round_.stack.add_failing, "decode", FAILS_EVERY)
         await asyncio.to_thread(round_.stack.await_ready, [successor])
         await asyncio.to_thread(round_.stack.remove, part)
     share = await _goodput(round_, long, conclude=True) / calm
@@ -159,6 +157,7 @@ ROWS = [
             Scale.LONG: Size(0, 64, 256, requests=1_000),
         },
         kv_load_failure,
+        any_engine=True,
     ),
     Row(
         "stopped",
