@@ -25,7 +25,6 @@ from penstock.queue.settings import QueueSettings, RedisSettings
 from penstock.workers.demo_model import demo_model_path
 from tests.chaos.load import Load
 from tests.chaos.round import VOCABULARY, mixed_sampling
-from tests.contract.servers import start
 from tests.support.ray_nodes import START_S, RayNodes
 from tests.support.simulated_stack import LIMITS, MODEL, STEPS
 from tests.support.waiting import eventually, eventually_async
@@ -66,7 +65,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The application on a Ray of two nodes; all engines alive."""
     folder: Path = tmp_path_factory.mktemp("ray")
     redis = RedisServer(folder / "redis")
-    start(redis)
     environment = {
         "PENSTOCK_REDIS_URL": redis.url,
         "PENSTOCK_MODEL_PATH": str(demo_model_path()),
@@ -81,15 +79,17 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         "PENSTOCK_WORKERS_MAX_ATTEMPTS": "1",  # whatever counts as a death of a replica fails its requests
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
     }
-    with RayNodes(folder, redis, environment) as ray:
+    with redis, RayNodes(folder, redis, environment) as ray:
         application = Running(ray, RedisSettings(url=redis.url))
         deployed(application.deploy(), folder)
         yield application
-    redis.stop()
 
 
 def deployed(process: ServerProcess, folder: Path) -> None:
-    eventually(lambda: not process.alive, START_S, f"the application is deployed; see {folder}/deploy.log")
+    try:
+        eventually(lambda: not process.alive, START_S, f"the application is deployed; see {folder}/deploy.log")
+    finally:
+        process.kill()
 
 
 @asynccontextmanager
