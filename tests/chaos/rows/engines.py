@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from tests.chaos.load import Load
+from tests.chaos.load import Load, quantile
 from tests.chaos.outcome import Scale, Size
 from tests.chaos.round import Round, mixed_sampling
 from tests.chaos.row import Row
@@ -40,7 +40,12 @@ async def decode_kill(round_: Round) -> None:
 
     async with round_.load(sampling=mixed_sampling(round_.size.tokens)) as load:
         await round_.steady(load, faults)
-        round_.hit(await round_.conclude(load))
+        audit = await round_.conclude(load)
+        round_.hit(audit)
+        again = [load.streams[id_] for id_, runs in audit.runs.items() if runs > 1]
+        for name, seeded in (("continued", False), ("replayed", True)):
+            gaps = [stream.gap_s for stream in again if ("seed" in stream.record.sampling) is seeded]
+            round_.figure(f"gap p95 s, {name}", quantile(gaps, 0.95))
     gap = round_.outcome.gap_p95_s
     round_.timing("", f"gap p95 < {GAP_S} s", gap < GAP_S, gap)
 
