@@ -18,14 +18,12 @@ import psutil
 
 from penstock.queue.local.process import ServerError, ServerProcess, free_port
 from penstock.queue.local.redis_server import RedisServer
+from tests.support.ray_node import HOST, STARTED
 from tests.support.waiting import eventually
 
 START_S = 240.0
 """A node is up in ten seconds, and in minutes on a machine that is doing other things."""
 START_TRIES = 6
-OBJECT_STORE_BYTES = 80 * 1024 * 1024
-"""Ray's minimum, nearly."""
-HOST = "127.0.0.1"
 
 
 class RayNodes:
@@ -35,7 +33,6 @@ class RayNodes:
         self.folder = folder
         self.port = free_port()
         self.address = f"{HOST}:{self.port}"
-        self._temp = folder / "ray"
         self.environment = environment | {
             "RAY_ADDRESS": self.address,
             "RAY_AUTH_MODE": "token",
@@ -47,22 +44,11 @@ class RayNodes:
             "RAY_worker_niceness": "0",
             "PYTHONUNBUFFERED": "1",
         }
-        self.head = self._node("head", "--head", f"--port={self.port}", f"--temp-dir={self._temp}", "--num-cpus=0")
-        self.worker = self._node("worker", f"--address={self.address}", "--num-cpus=16")
+        self.head = self._node("head")
+        self.worker = self._node("worker")
 
-    def _node(self, name: str, *options: str) -> ServerProcess:
-        common = (
-            f"--node-ip-address={HOST}",
-            f"--object-store-memory={OBJECT_STORE_BYTES}",
-            "--min-worker-port=0",
-            "--max-worker-port=0",
-            f"--dashboard-agent-listen-port={free_port()}",
-            f"--metrics-export-port={free_port()}",
-            "--disable-usage-stats",
-            "--block",
-        )
-        ports = ("--ray-client-server-port=0", "--include-dashboard=false") if name == "head" else ()
-        return self.process(name, "-m", "ray.scripts.scripts", "start", *options, *common, *ports)
+    def _node(self, role: str) -> ServerProcess:
+        return self.process(role, "-m", "tests.support.ray_node", role, str(self.port), str(self.folder / "ray"))
 
     def process(self, name: str, *words: str) -> ServerProcess:
         """A Python process in this environment, not started yet."""
@@ -91,7 +77,7 @@ class RayNodes:
         node.start(lambda: node.alive)
 
         def started() -> bool:
-            return b"Ray runtime started" in log.read_bytes()[before:]
+            return STARTED.encode() in log.read_bytes()[before:]
 
         eventually(lambda: started() or not node.alive, START_S, f"Ray starts; see {log}")
         if not node.alive:
