@@ -132,7 +132,8 @@ class Round:
             self.stack.assert_alive()
             return len(await self.leased(kind)) >= count
 
-        await eventually_async(there, DRAIN_S, f"{count} {kind} replicas are alive")
+        limit = max(DRAIN_S, self.stack.engine_start_s)
+        await eventually_async(there, limit, f"{count} {kind} replicas are alive")
         return await self.leased(kind)
 
     async def busy(self, kind: str) -> list[Part]:

@@ -41,6 +41,8 @@ LIMITS = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "num_gpu_blocks_ov
 """Room for 64 streams a replica, so that one survivor can carry what two did."""
 REAL = {"max_num_seqs": 64}
 """Engine arguments of real engines: as many streams."""
+COMMAND = "penstock.serving.cli"
+FAULTY = "tests.support.faulty_engine"
 STEPS = "h100/llama3.1-8b"
 """7 ms a step: an answer of 512 tokens takes four seconds, in which a good deal can be killed."""
 
@@ -54,6 +56,7 @@ class Shape:
     """What to start. ``settings`` are further settings of all parts, as environment variables.
 
     ``brokers``: nodes of Kafka, when that is the queue; with three, records are on all of them.
+    ``lease_s``: how long real engines keep KV for their readers; 0: as long as they do.
     ``proxied``: a :class:`FaultProxy` stands between the parts and ``redis``, or the one broker of ``kafka``.
     """
 
@@ -69,6 +72,7 @@ class Shape:
     profile: str = STEPS
     limits: dict[str, int] = field(default_factory=lambda: dict(LIMITS))
     settings: dict[str, str] = field(default_factory=dict)
+    lease_s: int = 0
 
     @property
     def roles(self) -> list[str]:
@@ -198,14 +202,26 @@ class SimulatedStack:
 
     def add(self, kind: str, **settings: str) -> Part:
         """Start one more part, with settings of its own; does not wait for it."""
+        if kind in ("dispatcher", "ingress"):
+            return self._add(kind, [COMMAND, kind], settings)
+        engine = [FAULTY] if self.shape.lease_s else [COMMAND, "engine"]
+        return self._add(kind, [*engine, "--role", kind], settings)
+
+    def add_failing(self, kind: str, every: int) -> Part:
+        """Start an engine of which every so manieth read of a KV cache fails."""
+        if self.shape.engine == "vllm":
+            return self._add(kind, [FAULTY, "--role", kind], {"FAULTY_READS": str(every)})
+        failing = json.dumps(self.shape.limits | {"kv_load_fails_every": every})
+        return self.add(kind, PENSTOCK_MODEL_ENGINE_ARGS=failing)
+
+    def _add(self, kind: str, words: list[str], settings: dict[str, str]) -> Part:
         self._started += 1
         name = f"{kind}-{self._started}"
-        words = [kind] if kind in ("dispatcher", "ingress") else ["engine", "--role", kind]
         port = free_port() if kind == "ingress" else 0
         environment = self.environment() | settings | ({"PENSTOCK_INGRESS_PORT": str(port)} if port else {})
         prefix = ["env", *(f"{key}={value}" for key, value in environment.items())]
         log = self.folder / f"{name}.log"
-        process = ServerProcess([*prefix, sys.executable, "-m", "penstock.serving.cli", *words], log)
+        process = ServerProcess([*prefix, sys.executable, "-m", *words], log)
         process.start(lambda: process.alive)
         url = f"http://127.0.0.1:{port}" if port else ""
         part = self.parts[name] = Part(name, kind, process, log, url)
@@ -248,6 +264,8 @@ class SimulatedStack:
                 "PENSTOCK_QUEUE_PARTITIONS": str(self.queue_settings.partitions),
                 "PENSTOCK_QUEUE_REPLICATION": str(self.queue_settings.replication),
             }
+        if shape.lease_s:
+            values["FAULTY_LEASE_S"] = str(shape.lease_s)
         return values | shape.settings
 
     def await_ready(self, parts: Iterable[Part]) -> None:
@@ -256,8 +274,12 @@ class SimulatedStack:
             if part.kind == "ingress":
                 eventually(lambda part=part: self._serves(part), INGRESS_START_S, f"{part.name} is ready", 0.25)  # type: ignore[misc]
             elif part.kind != "dispatcher":
-                limit = INGRESS_START_S if self.shape.engine == "vllm" else ENGINE_START_S
-                eventually(lambda part=part: self._leased(part), limit, f"{part.name} has a lease")  # type: ignore[misc]
+                eventually(lambda part=part: self._leased(part), self.engine_start_s, f"{part.name} has a lease")  # type: ignore[misc]
+
+    @property
+    def engine_start_s(self) -> float:
+        """How long an engine may take to start."""
+        return INGRESS_START_S if self.shape.engine == "vllm" else ENGINE_START_S
 
     # -- faults
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 
-from tests.chaos.load import Load
+from tests.chaos.load import Load, quantile
 from tests.chaos.outcome import Scale, Size
 from tests.chaos.round import Round, mixed_sampling
 from tests.chaos.row import Row
@@ -41,7 +40,12 @@ async def decode_kill(round_: Round) -> None:
 
     async with round_.load(sampling=mixed_sampling(round_.size.tokens)) as load:
         await round_.steady(load, faults)
-        round_.hit(await round_.conclude(load))
+        audit = await round_.conclude(load)
+        round_.hit(audit)
+        again = [load.streams[id_] for id_, runs in audit.runs.items() if runs > 1]
+        for name, seeded in (("continued", False), ("replayed", True)):
+            gaps = [stream.gap_s for stream in again if ("seed" in stream.record.sampling) is seeded]
+            round_.figure(f"gap p95 s, {name}", quantile(gaps, 0.95))
     gap = round_.outcome.gap_p95_s
     round_.timing("", f"gap p95 < {GAP_S} s", gap < GAP_S, gap)
 
@@ -79,9 +83,8 @@ async def kv_load_failure(round_: Round) -> None:
     """Every sixteenth KV transfer fails: computed again, at little cost."""
     long = round_.prompt(400)
     calm = await _goodput(round_, long)
-    failing = json.dumps(round_.stack.shape.limits | {"kv_load_fails_every": FAILS_EVERY})
     for part in round_.stack.of_kind("decode"):
-        successor = round_.stack.add("decode", PENSTOCK_MODEL_ENGINE_ARGS=failing)
+        successor = await asyncio.to_thread(round_.stack.add_failing, "decode", FAILS_EVERY)
         await asyncio.to_thread(round_.stack.await_ready, [successor])
         await asyncio.to_thread(round_.stack.remove, part)
     share = await _goodput(round_, long, conclude=True) / calm
@@ -159,6 +162,7 @@ ROWS = [
             Scale.LONG: Size(0, 64, 256, requests=1_000),
         },
         kv_load_failure,
+        any_engine=True,
     ),
     Row(
         "stopped",

@@ -1,0 +1,162 @@
+"""Ray's own parts die under a steady load: the path of a token does not lead through them.
+
+Engines are simulated, so that there are many streams and every token is known; Ray, Serve and Redis are real. The head
+of the Ray is a node of its own with nothing of ours on it, and keeps its state in Redis.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from penstock.queue.local.process import ServerProcess
+from penstock.queue.local.redis_server import RedisServer
+from penstock.queue.redis_client import connect_async
+from penstock.queue.registry import Registry, Replica
+from penstock.queue.settings import QueueSettings, RedisSettings
+from penstock.workers.demo_model import demo_model_path
+from tests.chaos.load import Load
+from tests.chaos.round import VOCABULARY, mixed_sampling
+from tests.support.ray_nodes import START_S, RayNodes
+from tests.support.simulated_stack import LIMITS, MODEL, STEPS
+from tests.support.waiting import eventually, eventually_async
+
+pytestmark = [pytest.mark.stack, pytest.mark.asyncio, pytest.mark.timeout(900)]
+
+STREAMS = 16
+TOKENS = 192
+"""An answer takes one and a half seconds: short beside every fault, so that new requests meet it as well."""
+ENGINES = 4
+"""Two prefill and two decode replicas."""
+ENDED_S = 120.0
+"""For what was accepted to end, on a machine that is doing other things."""
+
+
+@dataclass
+class Running:
+    """The application on its Ray."""
+
+    ray: RayNodes
+    redis: RedisSettings
+
+    def deploy(self, **changes: str) -> ServerProcess:
+        """Deploy it, or deploy it again with these settings; the process ends when that is done."""
+        words = [f"{name}={value}" for name, value in changes.items()]
+        process = self.ray.process("deploy", "-m", "tests.support.deploy_app", *words)
+        process.start(lambda: process.alive)
+        return process
+
+    async def replicas(self) -> dict[str, Replica]:
+        """Engines with a lease, by id."""
+        async with connect_async(self.redis) as client:
+            return await Registry(client, self.redis).alive()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The application on a Ray of two nodes; all engines alive."""
+    folder: Path = tmp_path_factory.mktemp("ray")
+    redis = RedisServer(folder / "redis")
+    environment = {
+        "PENSTOCK_REDIS_URL": redis.url,
+        "PENSTOCK_MODEL_PATH": str(demo_model_path()),
+        "PENSTOCK_MODEL_NAME": MODEL,
+        "PENSTOCK_MODEL_MAX_MODEL_LEN": "4096",
+        "PENSTOCK_MODEL_ENGINE_ARGS": json.dumps(LIMITS),
+        "PENSTOCK_WORKERS_ENGINE": "simulated",
+        "PENSTOCK_WORKERS_STEP_PROFILE": STEPS,
+        "PENSTOCK_WORKERS_PREFILL": "2",
+        "PENSTOCK_WORKERS_DECODE": "2",
+        "PENSTOCK_WORKERS_DISPATCHERS": "2",
+        "PENSTOCK_WORKERS_MAX_ATTEMPTS": "1",  # whatever counts as a death of a replica fails its requests
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+    }
+    with redis, RayNodes(folder, redis, environment) as ray:
+        application = Running(ray, RedisSettings(url=redis.url))
+        deployed(application.deploy(), folder)
+        yield application
+
+
+def deployed(process: ServerProcess, folder: Path) -> None:
+    try:
+        eventually(lambda: not process.alive, START_S, f"the application is deployed; see {folder}/deploy.log")
+    finally:
+        process.kill()
+
+
+@asynccontextmanager
+async def steady(running: Running) -> AsyncIterator[Load]:
+    """Requests all the time; afterwards each must have ended with its exact answer, and none have been run again for
+    a death."""
+    rng = iter(range(10**6))
+    load = Load(
+        QueueSettings(),
+        running.redis,
+        concurrency=STREAMS,
+        prompt=lambda number: [VOCABULARY[(next(rng) * 31 + place) % len(VOCABULARY)] for place in range(80)],
+        sampling=mixed_sampling(TOKENS),
+    )
+    async with load:
+        sending = asyncio.create_task(load.run())
+        try:
+            await load.progressed(STREAMS * TOKENS)
+            yield load
+            await load.progressed(STREAMS * TOKENS)
+            load.stop()
+            await asyncio.wait_for(sending, ENDED_S)
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+        tally = load.tally
+        assert not tally.errors
+        assert (tally.lost, tally.repeated, tally.altered) == (0, 0, 0)
+        assert tally.finished == tally.accepted > STREAMS
+        assert not (await load.audit()).wrong
+
+
+async def test_serve_controller_dies(running: Running) -> None:
+    """[I1, I2] Streams go on, new requests are taken, and Serve finds the replicas that it had."""
+    before = await running.replicas()
+    assert len(before) == ENGINES
+    first = running.ray.controller()
+    async with steady(running) as load:
+        running.ray.kill_controller()
+        await load.progressed(2 * STREAMS * TOKENS)
+        await eventually_async(lambda: _another(running, first), ENDED_S, "Serve has another controller")
+    assert (await running.replicas()).keys() == before.keys()
+
+
+async def _another(running: Running, first: int) -> bool:
+    return running.ray.controller() not in (0, first)
+
+
+async def test_head_dies(running: Running) -> None:
+    """[I1, I2] With its state in Redis, the head comes back and finds node and replicas, which have worked on."""
+    before = await running.replicas()
+    async with steady(running) as load:
+        await asyncio.to_thread(running.ray.kill_head)
+        await load.progressed(4 * STREAMS * TOKENS)
+        await asyncio.to_thread(running.ray.start_head)
+        await load.progressed(STREAMS * TOKENS)
+        await eventually_async(lambda: _another(running, 0), ENDED_S, "Serve has a controller")
+    assert (await running.replicas()).keys() == before.keys()
+
+
+async def test_rolling_update(running: Running) -> None:
+    """[I1, I2, I5] Serve replaces every replica by one with other settings, while all of them work."""
+    before = await running.replicas()
+    async with steady(running):
+        process = running.deploy(PENSTOCK_WORKERS_SHORT_PROMPT_TOKENS="16")
+        await asyncio.to_thread(deployed, process, running.ray.folder)
+    after = await running.replicas()
+    assert len(after) == ENGINES
+    assert not after.keys() & before.keys()
+    assert all(not psutil.pid_exists(replica.pid) for replica in before.values())
