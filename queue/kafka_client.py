@@ -119,12 +119,11 @@ class _Notes:
         self._noted_at: dict[int, float] = {}
 
     def __call__(self, error: KafkaError) -> None:
-        now = time.monotonic()
-        if (
-            error.code() != KafkaError._TRANSPORT
-            and now - self._noted_at.get(error.code(), -NOTE_EVERY_S) >= NOTE_EVERY_S
-        ):
-            self._noted_at[error.code()] = now  # for _TRANSPORT is followed by _ALL_BROKERS_DOWN if it matters
+        code, now = error.code(), time.monotonic()
+        if code == KafkaError._TRANSPORT:  # followed by _ALL_BROKERS_DOWN if it matters
+            return
+        if now - self._noted_at.get(code, -NOTE_EVERY_S) >= NOTE_EVERY_S:
+            self._noted_at[code] = now
             log.warning("kafka_trouble", code=error.name(), error=error.str())
 
 
