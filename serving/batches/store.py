@@ -6,6 +6,10 @@ those on which there is something to do, as ``tenant/id``.
 
 The list of segments is the truth: results that are not in it do not exist. It only grows through ``commit.lua``, which
 takes the lease's owner alone and no line twice.
+
+A server that comes back without its last second has forgotten the latest of these writes, together and in order. So a
+coordinator works within one *life* of the server: each status is left in the life in which its work began, or the
+work is begun again; and what cannot be taken back waits until the status it follows from is on disk.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 import redis.asyncio
 
-from penstock.queue.errors import PermanentError
+from penstock.queue.errors import PermanentError, TransientError
 from penstock.queue.redis_client import store_errors
 from penstock.queue.settings import RedisSettings
 from penstock.serving.batches.inspection import Inspection
@@ -38,6 +42,12 @@ class LeaseLost(PermanentError):
     """Another coordinator has taken over; nothing more may be written."""
 
     code = "lease_lost"
+
+
+class StoreRestarted(TransientError):
+    """Redis was started again: what was written before may be gone, so it is looked at again."""
+
+    code = "store_restarted"
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -123,12 +133,13 @@ class BatchStore:
         with store_errors():
             return bool(await self._client.set(self._key(batch_id, "lease"), owner, nx=True, px=_LEASE_MS))
 
-    async def renew(self, batch_id: str, owner: str) -> None:
-        """Keep the lease. Raises :class:`LeaseLost`."""
+    async def renew(self, batch_id: str, owner: str) -> str:
+        """Keep the lease; returns which life of the server this is. Raises :class:`LeaseLost`."""
         with store_errors():
-            kept = await self._renew(keys=[self._key(batch_id, "lease")], args=[owner, _LEASE_MS])
-        if not kept:
+            life = cast(bytes | None, await self._renew(keys=[self._key(batch_id, "lease")], args=[owner, _LEASE_MS]))
+        if life is None:
             raise LeaseLost(f"{batch_id} was taken over")
+        return life.decode()
 
     async def release(self, batch_id: str, owner: str) -> None:
         """Give the lease back, so that another takes over at once."""
@@ -136,12 +147,20 @@ class BatchStore:
             await self._release(keys=[self._key(batch_id, "lease")], args=[owner])
 
     async def transition(
-        self, batch_id: str, allowed: tuple[Status, ...], new: Status, *, owner: str = "", **fields: Any
+        self,
+        batch_id: str,
+        allowed: tuple[Status, ...],
+        new: Status,
+        *,
+        owner: str = "",
+        life: str = "",
+        **fields: Any,
     ) -> Status:
         """Set a status and further fields if the batch is in one of ``allowed``; returns the status it had.
 
         Raises:
             LeaseLost: an ``owner`` was given and the lease is not its own.
+            StoreRestarted: ... and Redis was started again since its ``life``.
             NotFound: there is no such batch.
         """
         pairs: list[Any] = [f"{new}_at", int(time.time())]
@@ -149,12 +168,15 @@ class BatchStore:
             pairs += [name, value]
         with store_errors():
             had = await self._transition(
-                keys=[self._key(batch_id), self._key(batch_id, "lease")], args=[owner, " ".join(allowed), new, *pairs]
+                keys=[self._key(batch_id), self._key(batch_id, "lease")],
+                args=[owner, life, " ".join(allowed), new, *pairs],
             )
         if had is None:
             raise NotFound(f"No batch found with id '{batch_id[:100]}'.")
         if had == b"lost":
             raise LeaseLost(f"{batch_id} was taken over")
+        if had == b"restarted":
+            raise StoreRestarted("Redis was started again and may have forgotten something")
         return Status(had.decode())
 
     async def commit(self, batch_id: str, owner: str, new: Committed) -> None:
