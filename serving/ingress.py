@@ -28,6 +28,7 @@ from penstock.queue.settings import ModelSettings, QueueSettings, RedisSettings
 from penstock.queue.token_log import RequestLog
 from penstock.serving.admission import Backlog
 from penstock.serving.batches.backend import InnerBackend
+from penstock.serving.batches.direct import Direct
 from penstock.serving.batches.service import BatchService
 from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.durable.inner import Inner
@@ -80,7 +81,7 @@ async def serve(
         beside=batches.wrap,
     )
     watching = asyncio.create_task(backlog.watch())
-    batch_work = asyncio.create_task(batches.run(InnerBackend(Inner(app), readers), model.served_name))
+    batch_work = asyncio.create_task(batches.run(InnerBackend(Direct(app), Inner(app), readers), model.served_name))
     try:
         await _listen(edge, settings, engine)
     finally:
@@ -107,6 +108,7 @@ async def _vllm_app(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
+    from vllm.envs import enable_envs_cache
     from vllm.usage.usage_lib import UsageContext
 
     from penstock.serving import output_queue
@@ -126,6 +128,7 @@ async def _vllm_app(
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, config.model_config)
     await init_app_state(engine, app.state, args, tasks)
+    enable_envs_cache()  # else every request reads the environment a few dozen times
     return app, core
 
 

@@ -63,6 +63,8 @@ class Coordinator:
         self._cancelled = asyncio.Event()
         self._restarted = asyncio.Event()
         self._life = ""
+        self._unbegun = False
+        self._fed = False
 
     async def run(self) -> None:
         """Return when the batch has ended. Raises :class:`LeaseLost`, perhaps in a group."""
@@ -125,6 +127,7 @@ class Coordinator:
             await self._move(Status.VALIDATING, Status.FAILED, problems=encode_problems(problems))
         else:
             await self._move(Status.VALIDATING, Status.IN_PROGRESS, total=found.lines, model=found.model or "")
+            self._unbegun = True
 
     async def _work(self, batch: Batch) -> None:
         left_s = batch.spec.expires_ms / 1000 - now_ms() / 1000
@@ -145,7 +148,7 @@ class Coordinator:
         done = await self._store.done(self._id)
         results = Results(self._id, self._owner, self._store, self._parts.catalog.objects)
         urgency = Urgency(batch.spec, batch.total - int.from_bytes(done).bit_count(), self._parts.settings.urgent_share)
-        runner = LineRunner(batch.spec, self._parts.backend, self._parts.settings, urgency)
+        runner = LineRunner(batch.spec, self._parts.backend, self._parts.settings, urgency, self._fresh_from(done))
         committing = asyncio.create_task(results.keep_committing())
         running = asyncio.create_task(self._run_lines(batch, done, runner, results))
         try:
@@ -159,6 +162,12 @@ class Coordinator:
         for task in (committing, running):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise _root(error)
+
+    def _fresh_from(self, done: bytearray) -> int:
+        """The first line that nobody can have begun: lines are begun block by block, and of the block before the last
+        some are finished. Only who has just validated a batch knows that none was begun."""
+        unbegun, self._unbegun, self._fed = self._unbegun and not self._fed, False, True
+        return 0 if unbegun else len(done) * 8 + 2 * self._parts.settings.look_ahead_lines
 
     def _over(self, batch: Batch) -> bool:
         """Whether nobody will want the answers that are not there yet."""

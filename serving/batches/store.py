@@ -33,6 +33,9 @@ from penstock.serving.files.index import read_page
 LEASE_S = 5.0
 """How long a coordinator may be silent: longer than a pause of its process that passes, short enough to be taken over
 within seconds."""
+KEPT_S = 60
+"""How long the token log of a committed line is kept: a dispatcher that is given it once more, after a restart of the
+broker, must find that it is done. A million lines would fill Redis if each stayed for an hour."""
 LONGEST_LIFE_S = 8 * 86_400
 """No batch is worked on for longer: windows end after seven days."""
 _COUNTERS = frozenset(Counters.__struct_fields__)
@@ -187,7 +190,16 @@ class BatchStore:
         """
         counters = [(name, n) for name, n in msgspec.structs.asdict(new.counters).items() if n]
         entry = msgspec.msgpack.encode(new.segment)
-        args = [owner, entry, len(counters), *(word for pair in counters for word in pair), *new.indexes]
+        args = [
+            owner,
+            entry,
+            self._ns,
+            batch_id,
+            _KEPT_MS,
+            len(counters),
+            *(word for pair in counters for word in pair),
+            *new.indexes,
+        ]
         keys = [self._key(batch_id, part) for part in ("", "lease", "done", "segments")]
         with store_errors():
             answer = await self._commit(keys=keys, args=args)
@@ -221,6 +233,7 @@ class BatchStore:
 
 
 _LEASE_MS = int(LEASE_S * 1000)
+_KEPT_MS = KEPT_S * 1000
 _BINARY = frozenset({b"spec", b"inspection"})
 _spec = msgspec.msgpack.Decoder(BatchSpec)
 _inspection = msgspec.msgpack.Decoder(Inspection)

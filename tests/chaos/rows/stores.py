@@ -27,15 +27,15 @@ LOST_BYTES = 20_000
 async def broker_kill(round_: Round) -> None:
     """SIGKILL of the broker that holds the accepted work, and its start again."""
     server = round_.stack.kafka or round_.stack.redis
-    await _faults(round_, lambda round_: round_.inject("kill -9 of the broker", _bounce, server))
+    await _faults(round_, lambda round_: round_.inject("kill -9 of the broker", bounce, server))
 
 
 async def redis_kill(round_: Round) -> None:
     """SIGKILL of the Redis that holds the emitted tokens; every other time its last appends are lost, too."""
 
     def fault(round_: Round) -> Awaitable[None]:
-        lose = round_.outcome.injected % 2 == 0
-        return round_.inject("kill -9 of Redis", _bounce, round_.stack.redis, lose)
+        damage = _truncate if round_.outcome.injected % 2 == 0 else None
+        return round_.inject("kill -9 of Redis", bounce, round_.stack.redis, damage)
 
     await _faults(round_, fault, exact_logs=False)
 
@@ -52,7 +52,7 @@ async def redis_full(round_: Round) -> None:
 
 async def trouble(round_: Round, turn: int) -> None:
     """A kill, a stall, a time of no room: one of them, by turns."""
-    kinds = (_stall, _fill, lambda round_: round_.inject("kill -9 of Redis", _bounce, round_.stack.redis))
+    kinds = (_stall, _fill, lambda round_: round_.inject("kill -9 of Redis", bounce, round_.stack.redis))
     await kinds[turn % len(kinds)](round_)
 
 
@@ -71,17 +71,22 @@ async def _fill(round_: Round) -> None:
         await asyncio.to_thread(client.config_set, "maxmemory", 0)
 
 
-def _bounce(server: RedisServer | KafkaBroker, lose: bool = False) -> None:
+def bounce(server: RedisServer | KafkaBroker, damage: Callable[[Path], None] | None = None) -> None:
+    """SIGKILL and start again; in between, ``damage`` what Redis has appended to."""
     server.kill()
-    if lose:
-        _truncate(server.folder)
+    if damage is not None:
+        damage(append_only_file(server.folder))
     server.start()
 
 
-def _truncate(folder: Path) -> None:
+def append_only_file(folder: Path) -> Path:
+    """The one Redis appends to now."""
+    return max((*folder.glob("appendonlydir/*.incr.aof"), *folder.glob("appendonly.aof")), key=os.path.getmtime)
+
+
+def _truncate(file: Path) -> None:
     """What a host that lost power would find: the append-only file without its end."""
-    newest = max((*folder.glob("appendonlydir/*.incr.aof"), *folder.glob("appendonly.aof")), key=os.path.getmtime)
-    os.truncate(newest, max(0, newest.stat().st_size - LOST_BYTES))
+    os.truncate(file, max(0, file.stat().st_size - LOST_BYTES))
 
 
 async def _faults(round_: Round, fault: Callable[[Round], Awaitable[None]], *, exact_logs: bool = True) -> None:
