@@ -19,6 +19,9 @@ WORKLOADS ?=
 BENCH_OPTIONS = $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(WORKLOADS),--workloads $(WORKLOADS)) \
   $(if $(CONTENDERS),--contenders "$(CONTENDERS)")
 
+# Options of `make bench-batch`.
+LINES ?=
+
 # Options of `make chaos`.
 SHORT ?=
 SEED ?=
@@ -35,7 +38,7 @@ MIXED ?=
 PORT ?=
 export ONCE PROMPT MODEL QUEUE PREFILL DECODE MIXED PORT
 
-.PHONY: help demo test test-tools check unit bench bench-quick bench-scale bench-report bench-venv chaos demo-model clean
+.PHONY: help demo test test-tools check unit bench bench-quick bench-scale bench-batch bench-report bench-venv chaos demo-model clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/\1\t/' | expand -t 16
@@ -84,6 +87,9 @@ bench: $(DEV_READY) $(BENCH_READY)  ## all contenders, then the scale part and t
 
 bench-scale: $(DEV_READY)  ## everything but the model: simulated engines whose steps take no time; under 6 minutes
 	$(BIN)/python -m tests.benchmarks scale
+
+bench-batch: $(DEV_READY)  ## batches of growing size, and what a line costs; simulated engines (LINES=1000,10000,100000,1000000 QUEUE=redis|kafka); 100,000 lines take ten minutes
+	$(BIN)/python -m tests.benchmarks.batch_scale $(if $(LINES),--lines $(LINES)) $(if $(QUEUE),--queue $(QUEUE))
 
 bench-report: $(DEV_READY)  ## write the newest results into docs/benchmarks.md, with plots
 	$(BIN)/python -m tests.benchmarks report

@@ -56,6 +56,7 @@ class Readers:
         self._detach = client.register_script(script("detach"))
         self._revive = client.register_script(script("revive"))
         self._cancel = client.register_script(script("cancel"))
+        self._note = client.register_script(script("note_published"))
 
     async def attach(self, ids: Sequence[str]) -> list[Standing]:
         """Have the frames of these requests posted here as well."""
@@ -82,12 +83,8 @@ class Readers:
 
     async def note_published(self, ids: Sequence[str]) -> None:
         """Spare the next reader the publication: these are in the queue."""
-        pipeline = self._client.pipeline(transaction=False)
-        for request_id in ids:
-            pipeline.hset(f"{self._ns}req:{request_id}", "published", "1")
-            pipeline.pexpire(f"{self._ns}req:{request_id}", self._lifetime_ms)
         with store_errors():
-            await pipeline.execute()
+            await self._note(args=(self._ns, self._lifetime_ms, encode(ids)))
 
     async def progress(self, ids: Sequence[str]) -> list[Progress]:
         """How far these have got."""

@@ -104,6 +104,7 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         self._streams: dict[str, _Stream] = {}
         self._leaving = Leaving(readers, reader.reads)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._published: list[str] = []
         self.output_of: Callable[[str], OutputQueue]
         """Where the output processor puts the outputs of a request; set by :class:`QueueLLM`."""
         self.failed: list[tuple[str, StreamError, Outcome]] = []
@@ -141,11 +142,15 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
     def _note_published(self, record: Record, context: RequestContext) -> None:
         """Others may ask for it again while it waits in the queue: they need not publish it again."""
         if context.attach or context.grace_s is None:
-            self._start(self._noted(record.id))
+            self._published.append(record.id)
+            if len(self._published) == 1:
+                self._start(self._note_all())
 
-    async def _noted(self, request_id: str) -> None:
-        with suppress(StoreUnavailable):  # then it may be published twice, and still run once
-            await self._readers.note_published([request_id])
+    async def _note_all(self) -> None:
+        await asyncio.sleep(0)  # what is published in this turn of the loop comes along
+        ids, self._published = self._published, []
+        with suppress(StoreUnavailable):  # then they may be published twice, and still run once
+            await self._readers.note_published(ids)
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The next step's worth of tokens of all streams of this ingress, stamped with this process' clock."""

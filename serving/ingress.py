@@ -28,6 +28,7 @@ from penstock.queue.settings import ModelSettings, QueueSettings, RedisSettings
 from penstock.queue.token_log import RequestLog
 from penstock.serving.admission import Backlog
 from penstock.serving.batches.backend import InnerBackend
+from penstock.serving.batches.direct import Direct
 from penstock.serving.batches.service import BatchService
 from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.durable.inner import Inner
@@ -80,7 +81,7 @@ async def serve(
         beside=batches.wrap,
     )
     watching = asyncio.create_task(backlog.watch())
-    batch_work = asyncio.create_task(batches.run(InnerBackend(Inner(app), readers), model.served_name))
+    batch_work = asyncio.create_task(batches.run(InnerBackend(Direct(app), Inner(app), readers), model.served_name))
     try:
         await _listen(edge, settings, engine)
     finally:

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 from penstock.queue.readers import Readers
 from penstock.queue.records import now_ms
 from penstock.serving.batches.answers import Reply
+from penstock.serving.batches.direct import Direct
 from penstock.serving.batches.runner import LineRequest
 from penstock.serving.durable.bodies import for_handler
 from penstock.serving.durable.inner import Inner
-from penstock.serving.durable.requests import StoredRequest
+from penstock.serving.durable.requests import StoredRequest, context_of
 from penstock.serving.edge.intake import COMPLETIONS, count_prompts, read_n, read_peek
+
+FRESH_S = 60.0
+"""A line that nobody has asked for before is published and read without looking for an earlier run of it. If there was
+one after all, its frames may have come before anybody read them here: after this time the log is looked at."""
 
 
 class InnerBackend:
     """The :class:`~penstock.serving.batches.runner.Backend` of an ingress."""
 
-    def __init__(self, inner: Inner, readers: Readers) -> None:
+    def __init__(self, direct: Direct, inner: Inner, readers: Readers) -> None:
+        self._direct = direct
         self._inner = inner
         self._readers = readers
 
     async def respond(self, request: LineRequest) -> Reply:
         """Publish, or attach to the run there is already, and wait for the whole answer."""
-        response = await self._inner.respond(stored(request))
+        asked = stored(request)
+        if request.fresh:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FRESH_S):
+                    if (reply := await self._direct.respond(asked, context_of(asked, attach=False))) is not None:
+                        return reply
+        elif (reply := await self._direct.respond(asked, context_of(asked))) is not None:
+            return reply
+        response = await self._inner.respond(asked)
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
         return Reply(response.status, headers, response.body)
 

@@ -1,6 +1,7 @@
 -- Count a segment's lines as finished: all of them or none, each once, by the lease's owner only.
 -- KEYS: batch, lease, bitmap of finished lines, list of segments.
--- ARGV: owner, segment (msgpack), number of counters, counters and what to add to them, then the line indexes.
+-- ARGV: owner, segment (msgpack), namespace, batch id, how long the lines' token logs may still be read (ms), number of
+-- counters, counters and what to add to them, then the line indexes.
 -- Returns 'ok', 'lost' when the lease is another's, or 'taken' when a line was finished before.
 if redis.call('GET', KEYS[2]) ~= ARGV[1] then
   return 'lost'
@@ -8,7 +9,7 @@ end
 if redis.call('LINDEX', KEYS[4], -1) == ARGV[2] then
   return 'ok'  -- the caller never got the first answer
 end
-local first = 4 + 2 * tonumber(ARGV[3])
+local first = 7 + 2 * tonumber(ARGV[6])
 for i = first, #ARGV do
   if redis.call('GETBIT', KEYS[3], ARGV[i]) == 1 then
     return 'taken'
@@ -16,8 +17,13 @@ for i = first, #ARGV do
 end
 for i = first, #ARGV do
   redis.call('SETBIT', KEYS[3], ARGV[i], 1)
+  local name = ARGV[4] .. '-' .. ARGV[i]
+  if redis.call('HEXISTS', ARGV[3] .. 'req:' .. name, 'done') == 1 then -- else it was given up, and that must be kept
+    redis.call('PEXPIRE', ARGV[3] .. 'req:' .. name, ARGV[5])
+    redis.call('PEXPIRE', ARGV[3] .. 'tok:' .. name, ARGV[5])
+  end
 end
-for i = 4, first - 1, 2 do
+for i = 7, first - 1, 2 do
   redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 1])
 end
 redis.call('RPUSH', KEYS[4], ARGV[2])

@@ -1,7 +1,8 @@
 """One batch from its validation to its files, by whoever holds its lease.
 
 Every step can be begun again by another process after any instant: what is finished is in the list of segments, what
-was under way is in the token log under the line's own stream id, and output files are named by the batch.
+was under way is in the token log under the line's own stream id, and output files are named by the batch. When Redis
+was started again in the middle of a step, the step is done again: see :mod:`penstock.serving.batches.store`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from penstock.serving.files.objects import ObjectMissing, StorageFull
 
 RENEW_S = LEASE_S / 4
 """Three renewals may fail before the lease runs out; also how soon a cancellation is noticed."""
+DURABLE_S = 3.0
+"""After this time what Redis has is on its disk: it is written every second, and at most one second late."""
 INPUT_LOST = Problem(
     "input_file_lost", "The input file's content is no longer in the file store.", param="input_file_id"
 )
@@ -58,6 +61,10 @@ class Coordinator:
         self._parts = parts
         self._store = parts.store
         self._cancelled = asyncio.Event()
+        self._restarted = asyncio.Event()
+        self._life = ""
+        self._unbegun = False
+        self._fed = False
 
     async def run(self) -> None:
         """Return when the batch has ended. Raises :class:`LeaseLost`, perhaps in a group."""
@@ -71,7 +78,9 @@ class Coordinator:
     async def _keep(self) -> None:
         while True:
             with suppress(TransientError):  # nobody can take the lease from a Redis that is away
-                await self._store.renew(self._id, self._owner)
+                life = await self._store.renew(self._id, self._owner)
+                if self._life not in ("", life):
+                    self._restarted.set()
                 batch = await self._store.load(self._id)
                 if batch is not None and batch.status is Status.CANCELLING:
                     self._cancelled.set()
@@ -80,6 +89,9 @@ class Coordinator:
     async def _advance(self) -> bool:
         """One step; False when there is nothing left to do."""
         try:
+            self._cancelled.clear()
+            self._restarted.clear()
+            self._life = await self._store.renew(self._id, self._owner)
             batch = await self._store.load(self._id)
             return batch is not None and await self._step(batch)
         except (TransientError, StorageFull) as error:
@@ -89,12 +101,14 @@ class Coordinator:
 
     async def _step(self, batch: Batch) -> bool:
         step = self._steps().get(batch.status)
+        if step is None:
+            return not await self._close(batch)
         try:
-            await (step or self._close)(batch)
+            await step(batch)
         except ObjectMissing:
             log.error("input_lost", batch_id=self._id)
             await self._end(batch, Status.FAILED, problems=encode_problems([INPUT_LOST]))
-        return step is not None
+        return True
 
     def _steps(self) -> dict[Status, Callable[[Batch], Awaitable[None]]]:
         return {
@@ -113,19 +127,20 @@ class Coordinator:
             await self._move(Status.VALIDATING, Status.FAILED, problems=encode_problems(problems))
         else:
             await self._move(Status.VALIDATING, Status.IN_PROGRESS, total=found.lines, model=found.model or "")
+            self._unbegun = True
 
     async def _work(self, batch: Batch) -> None:
         left_s = batch.spec.expires_ms / 1000 - now_ms() / 1000
         feeding = asyncio.create_task(self._feed(batch))
-        watching = asyncio.create_task(self._cancelled.wait())
+        watching = [asyncio.create_task(event.wait()) for event in (self._cancelled, self._restarted)]
         try:
-            await asyncio.wait({feeding, watching}, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({feeding, *watching}, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _stop(feeding, watching)
+            await _stop(feeding, *watching)
         if not feeding.cancelled():
             feeding.result()
             await self._move(Status.IN_PROGRESS, Status.FINALIZING)
-        elif not self._cancelled.is_set():
+        elif now_ms() >= batch.spec.expires_ms:
             await self._give_up(batch, Status.EXPIRED, *EXPIRED)
 
     async def _feed(self, batch: Batch) -> None:
@@ -133,7 +148,7 @@ class Coordinator:
         done = await self._store.done(self._id)
         results = Results(self._id, self._owner, self._store, self._parts.catalog.objects)
         urgency = Urgency(batch.spec, batch.total - int.from_bytes(done).bit_count(), self._parts.settings.urgent_share)
-        runner = LineRunner(batch.spec, self._parts.backend, self._parts.settings, urgency)
+        runner = LineRunner(batch.spec, self._parts.backend, self._parts.settings, urgency, self._fresh_from(done))
         committing = asyncio.create_task(results.keep_committing())
         running = asyncio.create_task(self._run_lines(batch, done, runner, results))
         try:
@@ -147,6 +162,12 @@ class Coordinator:
         for task in (committing, running):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise _root(error)
+
+    def _fresh_from(self, done: bytearray) -> int:
+        """The first line that nobody can have begun: lines are begun block by block, and of the block before the last
+        some are finished. Only who has just validated a batch knows that none was begun."""
+        unbegun, self._unbegun, self._fed = self._unbegun and not self._fed, False, True
+        return 0 if unbegun else len(done) * 8 + 2 * self._parts.settings.look_ahead_lines
 
     def _over(self, batch: Batch) -> bool:
         """Whether nobody will want the answers that are not there yet."""
@@ -197,13 +218,19 @@ class Coordinator:
 
     async def _move(self, old: Status, new: Status, **fields: str | bytes | int) -> None:
         """Not if it was cancelled meanwhile: the next step sees that."""
-        had = await self._store.transition(self._id, (old,), new, owner=self._owner, **fields)
+        had = await self._store.transition(self._id, (old,), new, owner=self._owner, life=self._life, **fields)
         log.info("batch_status", batch_id=self._id, status=new if had is old else had)
 
-    async def _close(self, batch: Batch) -> None:
+    async def _close(self, batch: Batch) -> bool:
+        """Remove what is not needed any more, once the end cannot be forgotten; False when it may have been."""
+        life = self._life
+        await asyncio.sleep(DURABLE_S)
+        if await self._store.renew(self._id, self._owner) != life:
+            return False
         await self._parts.catalog.objects.delete(folder_of(self._id))
         await self._parts.catalog.unpin(batch.spec.input_file_id, self._id)
         await self._store.close(batch.spec, self._parts.settings.retention_s)
+        return True
 
 
 def is_done(done: bytearray, index: int) -> bool:

@@ -33,7 +33,10 @@ log = get_logger()
 
 
 class LineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One request of a batch. The same ``stream_id`` names the same run, whoever asks and however often."""
+    """One request of a batch. The same ``stream_id`` names the same run, whoever asks and however often.
+
+    ``fresh``: nobody is known to have asked for it, which spares the search for an earlier run.
+    """
 
     stream_id: str
     external_id: str
@@ -44,6 +47,7 @@ class LineRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority_class: PriorityClass
     deadline_ms: int
     tags: dict[str, str]
+    fresh: bool = False
 
 
 class Backend(Protocol):
@@ -65,14 +69,17 @@ _line = msgspec.json.Decoder(_Line)
 
 
 class LineRunner:
-    """Runs the lines of one batch."""
+    """Runs the lines of one batch; those from ``fresh_from`` on for the first time."""
 
-    def __init__(self, spec: BatchSpec, backend: Backend, settings: BatchSettings, urgency: Urgency) -> None:
+    def __init__(
+        self, spec: BatchSpec, backend: Backend, settings: BatchSettings, urgency: Urgency, fresh_from: int = 0
+    ) -> None:
         self._spec = spec
         self._backend = backend
         self._under_way: dict[int, LineRequest] = {}
         self._max_attempts = settings.max_attempts
         self._urgency = urgency
+        self._fresh_from = fresh_from
 
     async def run(self, line: RawLine) -> Answer:
         """The line's result. Goes on until there is one; the window's end is the caller's."""
@@ -123,6 +130,7 @@ class LineRunner:
             priority_class=self._urgency.priority(),
             deadline_ms=spec.expires_ms,
             tags={"batch_id": spec.id},
+            fresh=index >= self._fresh_from,
         )
 
 

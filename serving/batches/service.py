@@ -21,6 +21,7 @@ from penstock.serving.batches.store import BatchStore
 from penstock.serving.edge.asgi import App
 from penstock.serving.files.catalog import FileCatalog
 from penstock.serving.files.objects import ObjectStore
+from penstock.serving.files.orphans import OrphanSweep
 from penstock.serving.files.routes import FilesApp
 from penstock.serving.files.settings import FilesSettings
 
@@ -39,6 +40,9 @@ class BatchService:
         self._batches = batches
         self._catalog = FileCatalog(client, redis_settings, ObjectStore(files))
         self._store = BatchStore(client, redis_settings)
+        self._orphans = OrphanSweep(
+            client, redis_settings, self._catalog, self._store.open_batches, files.orphans_after_s
+        )
 
     def wrap(self, app: App) -> App:
         """``app`` with ``/v1/files`` and ``/v1/batches``; callers must be authenticated outside of it."""
@@ -61,6 +65,7 @@ class BatchService:
                 while await self._catalog.sweep():
                     continue
                 await self._catalog.objects.sweep()
+                await self._orphans.sweep()
             except TransientError as error:
                 log.warning("sweep_failed", error=str(error))
             await asyncio.sleep(SWEEP_S)

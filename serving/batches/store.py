@@ -6,6 +6,10 @@ those on which there is something to do, as ``tenant/id``.
 
 The list of segments is the truth: results that are not in it do not exist. It only grows through ``commit.lua``, which
 takes the lease's owner alone and no line twice.
+
+A server that comes back without its last second has forgotten the latest of these writes, together and in order. So a
+coordinator works within one *life* of the server: each status is left in the life in which its work began, or the
+work is begun again; and what cannot be taken back waits until the status it follows from is on disk.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 import redis.asyncio
 
-from penstock.queue.errors import PermanentError
+from penstock.queue.errors import PermanentError, TransientError
 from penstock.queue.redis_client import store_errors
 from penstock.queue.settings import RedisSettings
 from penstock.serving.batches.inspection import Inspection
@@ -29,6 +33,9 @@ from penstock.serving.files.index import read_page
 LEASE_S = 5.0
 """How long a coordinator may be silent: longer than a pause of its process that passes, short enough to be taken over
 within seconds."""
+KEPT_S = 60
+"""How long the token log of a committed line is kept: a dispatcher that is given it once more, after a restart of the
+broker, must find that it is done. A million lines would fill Redis if each stayed for an hour."""
 LONGEST_LIFE_S = 8 * 86_400
 """No batch is worked on for longer: windows end after seven days."""
 _COUNTERS = frozenset(Counters.__struct_fields__)
@@ -38,6 +45,12 @@ class LeaseLost(PermanentError):
     """Another coordinator has taken over; nothing more may be written."""
 
     code = "lease_lost"
+
+
+class StoreRestarted(TransientError):
+    """Redis was started again: what was written before may be gone, so it is looked at again."""
+
+    code = "store_restarted"
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -123,12 +136,13 @@ class BatchStore:
         with store_errors():
             return bool(await self._client.set(self._key(batch_id, "lease"), owner, nx=True, px=_LEASE_MS))
 
-    async def renew(self, batch_id: str, owner: str) -> None:
-        """Keep the lease. Raises :class:`LeaseLost`."""
+    async def renew(self, batch_id: str, owner: str) -> str:
+        """Keep the lease; returns which life of the server this is. Raises :class:`LeaseLost`."""
         with store_errors():
-            kept = await self._renew(keys=[self._key(batch_id, "lease")], args=[owner, _LEASE_MS])
-        if not kept:
+            life = cast(bytes | None, await self._renew(keys=[self._key(batch_id, "lease")], args=[owner, _LEASE_MS]))
+        if life is None:
             raise LeaseLost(f"{batch_id} was taken over")
+        return life.decode()
 
     async def release(self, batch_id: str, owner: str) -> None:
         """Give the lease back, so that another takes over at once."""
@@ -136,12 +150,20 @@ class BatchStore:
             await self._release(keys=[self._key(batch_id, "lease")], args=[owner])
 
     async def transition(
-        self, batch_id: str, allowed: tuple[Status, ...], new: Status, *, owner: str = "", **fields: Any
+        self,
+        batch_id: str,
+        allowed: tuple[Status, ...],
+        new: Status,
+        *,
+        owner: str = "",
+        life: str = "",
+        **fields: Any,
     ) -> Status:
         """Set a status and further fields if the batch is in one of ``allowed``; returns the status it had.
 
         Raises:
             LeaseLost: an ``owner`` was given and the lease is not its own.
+            StoreRestarted: ... and Redis was started again since its ``life``.
             NotFound: there is no such batch.
         """
         pairs: list[Any] = [f"{new}_at", int(time.time())]
@@ -149,12 +171,15 @@ class BatchStore:
             pairs += [name, value]
         with store_errors():
             had = await self._transition(
-                keys=[self._key(batch_id), self._key(batch_id, "lease")], args=[owner, " ".join(allowed), new, *pairs]
+                keys=[self._key(batch_id), self._key(batch_id, "lease")],
+                args=[owner, life, " ".join(allowed), new, *pairs],
             )
         if had is None:
             raise NotFound(f"No batch found with id '{batch_id[:100]}'.")
         if had == b"lost":
             raise LeaseLost(f"{batch_id} was taken over")
+        if had == b"restarted":
+            raise StoreRestarted("Redis was started again and may have forgotten something")
         return Status(had.decode())
 
     async def commit(self, batch_id: str, owner: str, new: Committed) -> None:
@@ -165,7 +190,16 @@ class BatchStore:
         """
         counters = [(name, n) for name, n in msgspec.structs.asdict(new.counters).items() if n]
         entry = msgspec.msgpack.encode(new.segment)
-        args = [owner, entry, len(counters), *(word for pair in counters for word in pair), *new.indexes]
+        args = [
+            owner,
+            entry,
+            self._ns,
+            batch_id,
+            _KEPT_MS,
+            len(counters),
+            *(word for pair in counters for word in pair),
+            *new.indexes,
+        ]
         keys = [self._key(batch_id, part) for part in ("", "lease", "done", "segments")]
         with store_errors():
             answer = await self._commit(keys=keys, args=args)
@@ -199,6 +233,7 @@ class BatchStore:
 
 
 _LEASE_MS = int(LEASE_S * 1000)
+_KEPT_MS = KEPT_S * 1000
 _BINARY = frozenset({b"spec", b"inspection"})
 _spec = msgspec.msgpack.Decoder(BatchSpec)
 _inspection = msgspec.msgpack.Decoder(Inspection)

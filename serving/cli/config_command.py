@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 from urllib.parse import urlsplit
 
 import click
@@ -12,6 +13,9 @@ import click
 from penstock.queue.settings import Section
 from penstock.serving.cli.failures import Explained, explain
 from penstock.serving.cli.sections import RESERVED, SECTIONS, variable_of
+
+OPEN = frozenset({"endpoint_url", "region_name"})
+"""Options of a file system that are shown."""
 
 
 @click.command("config")
@@ -41,7 +45,9 @@ def _print(section: type[Section]) -> Explained | None:
 def _line(section: type[Section], values: Section, name: str) -> str:
     variable = variable_of(section, name)
     value = values.model_dump(mode="json")[name]
-    if isinstance(value, str):
+    if section.model_fields[name].json_schema_extra:
+        value = _masked(value)
+    elif isinstance(value, str):
         value = _without_password(value)
     return f"{name} = {json.dumps(value)}  # {variable}, {_origin(variable, name in values.model_fields_set)}"
 
@@ -50,6 +56,17 @@ def _origin(variable: str, given: bool) -> str:
     if variable in os.environ:
         return "environment"
     return "file" if given else "default"
+
+
+def _masked(value: Any, name: str = "") -> Any:
+    """Every text inside, but for addresses: which of a client's options are secrets only the client knows."""
+    if isinstance(value, dict):
+        return {key: _masked(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_masked(inner, name) for inner in value]
+    if isinstance(value, str):
+        return _without_password(value) if name in OPEN else "***"
+    return value
 
 
 def _without_password(value: str) -> str:

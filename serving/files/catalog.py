@@ -8,6 +8,7 @@ content. A deleted file is gone for everybody at once; its content stays until t
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence, Set
 from typing import Any, cast
 
 import msgspec
@@ -21,6 +22,8 @@ from penstock.serving.errors import NotFound
 from penstock.serving.files.index import Page, read_page
 from penstock.serving.files.objects import ObjectStore
 
+LOOK_BATCH = 500
+"""Names looked up in one go."""
 SWEEP_BATCH = 100
 """Expired files removed in one go: a few seconds of work on a slow store."""
 log = get_logger()
@@ -141,6 +144,21 @@ class FileCatalog:
                 with store_errors():
                     await self._client.zrem(expiry, member)
         return len(due)
+
+    async def unnamed(self, names: Sequence[str], readers: Set[str]) -> list[str]:
+        """Those that are no file's content, and that none of ``readers`` wants."""
+        found = []
+        for start in range(0, len(names), LOOK_BATCH):
+            some, pipeline = names[start : start + LOOK_BATCH], self._client.pipeline(transaction=False)
+            for name in some:
+                pipeline.exists(self._key(name))
+                pipeline.smembers(self._pins(name))
+            with store_errors():
+                answers = await pipeline.execute()
+            for name, known, pins in zip(some, answers[::2], answers[1::2], strict=True):
+                if not known and readers.isdisjoint(pin.decode() for pin in pins):
+                    found.append(name)
+        return found
 
     async def _load(self, file_id: str) -> FileMeta | None:
         with store_errors():

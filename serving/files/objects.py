@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -201,6 +202,18 @@ class ObjectStore:
         with suppress(ObjectMissing):
             await _in_thread(self._fs.rm, self._path(name), recursive=True)
 
+    async def names(self) -> list[tuple[str, float]]:
+        """Every object, and when it was written last, in seconds since the epoch."""
+        return await _in_thread(self._names)
+
+    def _names(self) -> list[tuple[str, float]]:
+        found = self._fs.find(self._root, detail=True)
+        return [
+            (path.removeprefix(f"{self._root}/"), _changed(info))
+            for path, info in found.items()
+            if not path.endswith(PART_SUFFIX)
+        ]
+
     async def sweep(self) -> None:
         """Remove what processes that were killed have left half written in a folder. (Buckets have lifecycle rules.)"""
         if self._local:
@@ -237,6 +250,12 @@ class _Reader:
         """Idempotent."""
         if self._file is not None:
             self._file.close()
+
+
+def _changed(info: dict[str, Any]) -> float:
+    """File systems say it in their own ways: seconds locally, a ``datetime`` in a bucket."""
+    changed = info["mtime"] if "mtime" in info else info["LastModified"]
+    return float(changed.timestamp() if isinstance(changed, datetime) else changed)
 
 
 def _open_part(path: str) -> Any:

@@ -97,10 +97,11 @@ class BatchServer:
 
     redis: RedisSettings
     root: str
-    fleet: Fleet = field(default_factory=Fleet)
+    fleet: Any = field(default_factory=Fleet)
     files: dict[str, Any] = field(default_factory=dict)
     batches: dict[str, Any] = field(default_factory=dict)
     url: str = ""
+    model: str = MODEL
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[openai.AsyncOpenAI]:
@@ -116,7 +117,7 @@ class BatchServer:
                 missing=_nothing,
                 beside=service.wrap,
             )
-            working = asyncio.create_task(service.run(self.fleet, MODEL))
+            working = asyncio.create_task(service.run(self.fleet, self.model))
             async with _listening(app) as self.url:
                 try:
                     async with openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0) as api:

@@ -245,6 +245,7 @@ class SimulatedStack:
         shape = self.shape
         values = {
             "PENSTOCK_REDIS_URL": self.proxied_redis_settings.url,
+            "PENSTOCK_FILES_ROOT": str(self.folder / "files"),
             "PENSTOCK_MODEL_PATH": str(demo_model_path()),
             "PENSTOCK_MODEL_NAME": MODEL,
             "PENSTOCK_MODEL_MAX_MODEL_LEN": "4096",

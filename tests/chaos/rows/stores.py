@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from kafka import KafkaAdminClient
-from kafka.errors import KafkaError
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
 
-from penstock.queue.kafka_client import Topics, ensure_topics, open_client
+from penstock.queue.kafka_client import REQUEST_TIMEOUT_S, Topics, ensure_topics, open_client
 from penstock.queue.local.kafka_broker import KafkaBroker, KafkaCluster
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.redis_client import connect
@@ -39,7 +39,7 @@ async def broker_kill(round_: Round) -> None:
     """SIGKILL of the broker that holds the accepted work, and its start again."""
     server = round_.stack.kafka or round_.stack.redis
     assert not isinstance(server, KafkaCluster)
-    await _faults(round_, lambda round_: round_.inject("kill -9 of the broker", _bounce, server))
+    await _faults(round_, lambda round_: round_.inject("kill -9 of the broker", bounce, server))
 
 
 async def leader_kill(round_: Round) -> None:
@@ -56,10 +56,7 @@ async def leader_kill(round_: Round) -> None:
         await asyncio.to_thread(victim.start)
         await eventually_async(lambda: asyncio.to_thread(watch.in_sync), IN_SYNC_S, "all brokers are in sync")
 
-    try:
-        await _faults(round_, fault)
-    finally:
-        await asyncio.to_thread(watch.close)
+    await _faults(round_, fault)
 
 
 async def _elsewhere(watch: Leaders, node: int) -> bool:
@@ -70,8 +67,8 @@ async def redis_kill(round_: Round) -> None:
     """SIGKILL of the Redis that holds the emitted tokens; every other time its last appends are lost, too."""
 
     def fault(round_: Round) -> Awaitable[None]:
-        lose = round_.outcome.injected % 2 == 0
-        return round_.inject("kill -9 of Redis", _bounce, round_.stack.redis, lose)
+        damage = _truncate if round_.outcome.injected % 2 == 0 else None
+        return round_.inject("kill -9 of Redis", bounce, round_.stack.redis, damage)
 
     await _faults(round_, fault, exact_logs=False)
 
@@ -88,7 +85,7 @@ async def redis_full(round_: Round) -> None:
 
 async def trouble(round_: Round, turn: int) -> None:
     """A kill, a stall, a time of no room: one of them, by turns."""
-    kinds = (_stall, _fill, lambda round_: round_.inject("kill -9 of Redis", _bounce, round_.stack.redis))
+    kinds = (_stall, _fill, lambda round_: round_.inject("kill -9 of Redis", bounce, round_.stack.redis))
     await kinds[turn % len(kinds)](round_)
 
 
@@ -111,45 +108,44 @@ class Leaders:
     """Who leads the partitions of the pool's topics, and whether their copies are complete. Blocking."""
 
     def __init__(self, queue: QueueSettings) -> None:
-        self._admin = open_client(KafkaAdminClient, queue)
+        self._admin = open_client(AdminClient, queue)
         self._topics = Topics.of(POOL)
         ensure_topics(self._admin, queue, self._topics)
 
     def leader(self) -> int | None:
         """The node that leads most partitions; None while any has no leader, or nobody answers."""
-        leaders = Counter(partition["leader_id"] for partition in self._partitions())
+        leaders = Counter(partition.leader for partition in self._partitions())
         return None if not leaders or -1 in leaders else leaders.most_common(1)[0][0]
 
     def in_sync(self) -> bool:
         """Whether every broker has every record."""
         partitions = self._partitions()
-        return bool(partitions) and all(
-            len(partition["isr_nodes"]) == len(partition["replica_nodes"]) for partition in partitions
-        )
+        return bool(partitions) and all(len(partition.isrs) == len(partition.replicas) for partition in partitions)
 
-    def close(self) -> None:
-        """Close the client."""
-        self._admin.close()
-
-    def _partitions(self) -> list[dict[str, Any]]:
+    def _partitions(self) -> list[Any]:
         try:
-            topics = self._admin.describe_topics(list(self._topics.classes))
-        except KafkaError:
+            found = self._admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics
+        except KafkaException:
             return []
-        return [partition for topic in topics for partition in topic["partitions"]]
+        return [partition for topic in self._topics.classes for partition in found[topic].partitions.values()]
 
 
-def _bounce(server: RedisServer | KafkaBroker, lose: bool = False) -> None:
+def bounce(server: RedisServer | KafkaBroker, damage: Callable[[Path], None] | None = None) -> None:
+    """SIGKILL and start again; in between, ``damage`` what Redis has appended to."""
     server.kill()
-    if lose:
-        _truncate(server.folder)
+    if damage is not None:
+        damage(append_only_file(server.folder))
     server.start()
 
 
-def _truncate(folder: Path) -> None:
+def append_only_file(folder: Path) -> Path:
+    """The one Redis appends to now."""
+    return max((*folder.glob("appendonlydir/*.incr.aof"), *folder.glob("appendonly.aof")), key=os.path.getmtime)
+
+
+def _truncate(file: Path) -> None:
     """What a host that lost power would find: the append-only file without its end."""
-    newest = max((*folder.glob("appendonlydir/*.incr.aof"), *folder.glob("appendonly.aof")), key=os.path.getmtime)
-    os.truncate(newest, max(0, newest.stat().st_size - LOST_BYTES))
+    os.truncate(file, max(0, file.stat().st_size - LOST_BYTES))
 
 
 async def _faults(round_: Round, fault: Callable[[Round], Awaitable[None]], *, exact_logs: bool = True) -> None:

@@ -17,18 +17,13 @@ from penstock.queue.local.process import free_port
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.protocol import RequestQueue
 from penstock.queue.settings import QueueSettings
-from tests.contract.queue.conftest import close
 from tests.contract.queue.harness import Harness, settings
 from tests.contract.queue.test_request_queue import PLENTY
 from tests.contract.servers import start
 from tests.support.fault_proxy import FaultProxy
 from tests.support.waiting import eventually_async
 
-pytestmark = [
-    pytest.mark.contract,
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # sockets that were cut
-]
+pytestmark = pytest.mark.contract
 TOLD_S = 30.0
 """A caller is told long before this that Kafka is out of reach."""
 BACK_S = 60.0
@@ -52,7 +47,7 @@ async def far(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[Far]:
     harness = Harness(*settings("kafka", f"127.0.0.1:{proxy.port}", redis_server.url))
     yield Far(harness, proxy)
     proxy.heal()
-    await close(harness)
+    await harness.close()
     proxy.stop()
     broker.stop()
 

@@ -187,6 +187,7 @@ def _outputs_of_others(folder: Path, kept: set[str | None]) -> set[str]:
 async def bench(redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
     monkeypatch.setattr("penstock.serving.batches.results.SEGMENT_LINES", 25)
     monkeypatch.setattr("penstock.serving.batches.results.FLUSH_S", 0.01)
+    monkeypatch.setattr("penstock.serving.batches.coordinator.DURABLE_S", 0.01)
     settings = RedisSettings(url=redis_server.url, namespace=f"kills-{new_request_id()}:")
     async with connect_async(settings) as client:
         yield Bench(client, settings, tmp_path)

@@ -64,6 +64,14 @@ def test_config_shows_value_name_and_origin(tmp_path: Path) -> None:
     assert "retention_s = 3600  # PENSTOCK_REDIS_RETENTION_S, default" in done.stdout
 
 
+def test_config_shows_no_secrets_of_the_file_store() -> None:
+    options = '{"key": "me", "secret": "hush", "client_kwargs": {"endpoint_url": "http://s3:1", "verify": false}}'
+    done = penstock("config", PENSTOCK_FILES_STORAGE_OPTIONS=options)
+    shown = '{"key": "***", "secret": "***", "client_kwargs": {"endpoint_url": "http://s3:1", "verify": false}}'
+    assert done.returncode == 0
+    assert f"storage_options = {shown}  # PENSTOCK_FILES_STORAGE_OPTIONS, environment" in done.stdout
+
+
 def test_wrong_value_in_the_environment() -> None:
     done = penstock("config", PENSTOCK_INGRESS_PORT="99999")
     assert done.returncode == 2
