@@ -34,6 +34,8 @@ UNSETTLED = frozenset(
     {
         KafkaError.NOT_LEADER_FOR_PARTITION,
         KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
         KafkaError.UNKNOWN_TOPIC_OR_PART,
         KafkaError.COORDINATOR_NOT_AVAILABLE,
         KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
@@ -84,7 +86,9 @@ def broker_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (KafkaException, BufferError, TimeoutError) as error:
+    except TimeoutError as error:
+        raise QueueUnavailable("Kafka did not answer in time") from error
+    except (KafkaException, BufferError) as error:
         raise QueueUnavailable(f"Kafka did not accept: {error}") from error
 
 
@@ -157,7 +161,7 @@ def place(message: Message) -> tuple[Partition, int]:
     return Partition(topic, number), offset
 
 
-def settled(call: Callable[[], T]) -> T:
+def settled(client: Consumer | AdminClient, call: Callable[[], T]) -> T:
     """What ``call`` returns, once the brokers have settled who answers it: after an election, and when a topic (the
     brokers' own for offsets, too) is new. After :data:`SETTLE_S`, and for other errors, raises :class:`KafkaException`.
     """
@@ -169,11 +173,12 @@ def settled(call: Callable[[], T]) -> T:
             if error.args[0].code() not in UNSETTLED or time.monotonic() > deadline:
                 raise
             time.sleep(METADATA_PAUSE_S)
+            client.list_topics(timeout=REQUEST_TIMEOUT_S)  # these calls do not learn by themselves who leads now
 
 
-def answers(call: Callable[[], dict[K, Future[T]]]) -> dict[K, T]:
+def answers(admin: AdminClient, call: Callable[[], dict[K, Future[T]]]) -> dict[K, T]:
     """The results of an administrative call, by what it was asked for."""
-    return settled(lambda: {key: future.result(SETTLE_S) for key, future in call().items()})
+    return settled(admin, lambda: {key: future.result(SETTLE_S) for key, future in call().items()})
 
 
 def ensure_topics(admin: AdminClient, queue: QueueSettings, topics: Topics) -> None:

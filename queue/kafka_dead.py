@@ -59,7 +59,7 @@ class DeadLetterTopic:
     def _cut(self, ledgers: dict[Partition, Ledger]) -> None:
         below = [TopicPartition(*partition, ledger.watermark) for partition, ledger in ledgers.items()]
         with broker_errors():
-            answers(lambda: self._admin.delete_records(below))
+            answers(self._admin, lambda: self._admin.delete_records(below))
 
 
 def _ledgers(reader: LogReader, bounds: dict[Partition, Range]) -> dict[Partition, Ledger]:

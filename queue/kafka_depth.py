@@ -66,14 +66,14 @@ class LogReader:
         """The offset the group has committed of each partition, negative for none, and its metadata."""
         asked = [TopicPartition(*partition) for partition in self.partitions]
         with broker_errors():
-            found = settled(lambda: _sound(self._consumer.committed(asked, SETTLE_S)))
+            found = settled(self._consumer, lambda: _sound(self._consumer.committed(asked, SETTLE_S)))
         return {Partition(offset.topic, offset.partition): (offset.offset, offset.metadata or "") for offset in found}
 
     def commit(self, ledgers: dict[Partition, Ledger]) -> None:
         """Have the group, which must be without members, finish this. Raises :class:`QueueUnavailable`."""
         offsets = [TopicPartition(*p, ledger.watermark, metadata=ledger.metadata()) for p, ledger in ledgers.items()]
         with broker_errors():
-            settled(lambda: _sound(self._consumer.commit(offsets=offsets, asynchronous=False)))
+            settled(self._consumer, lambda: _sound(self._consumer.commit(offsets=offsets, asynchronous=False)))
 
     def read(self, ranges: dict[Partition, Range]) -> Iterator[Message]:
         """The records of each range. Raises :class:`QueueUnavailable` after :data:`READ_TIMEOUT_S`."""
@@ -105,7 +105,9 @@ class LogReader:
 
     def _offsets(self, which: OffsetSpec) -> dict[Partition, int]:
         with broker_errors():
-            found = answers(lambda: self._admin.list_offsets({TopicPartition(*p): which for p in self.partitions}))
+            found = answers(
+                self._admin, lambda: self._admin.list_offsets({TopicPartition(*p): which for p in self.partitions})
+            )
         return {Partition(p.topic, p.partition): result.offset for p, result in found.items()}
 
 
