@@ -1,7 +1,8 @@
 """What can go wrong between a finished prefill and its reader, on real vLLM engines that exchange KV over NIXL.
 
 Every request must end with exactly the tokens that a decode engine by itself gives, and no block may stay in use. The
-engines keep KV for six seconds instead of thirty.
+engines keep KV for six seconds instead of thirty. The last one starts a third engine, and is asked for by
+``PENSTOCK_KV_SUCCESSOR=1``.
 """
 
 from __future__ import annotations
@@ -167,6 +168,7 @@ async def test_reads_fail(engines: SimulatedStack, truth: dict[bytes, list[int]]
         assert said(engines, "injected: the transfer failed") >= len(PROMPTS) // 3
 
 
+@pytest.mark.skipif(os.environ.get("PENSTOCK_KV_SUCCESSOR") != "1", reason="asked for by PENSTOCK_KV_SUCCESSOR=1")
 async def test_prefill_dies_before_the_read_and_its_successor_does_not_match(
     engines: SimulatedStack, truth: dict[bytes, list[int]], dispatcher: Part
 ) -> None:
