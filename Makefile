@@ -88,7 +88,7 @@ bench: $(DEV_READY) $(BENCH_READY)  ## all contenders, then the scale part and t
 bench-scale: $(DEV_READY)  ## everything but the model: simulated engines whose steps take no time; under 6 minutes
 	$(BIN)/python -m tests.benchmarks scale
 
-bench-batch: $(DEV_READY)  ## batches of growing size, and what a line costs; simulated engines (LINES=1000,10000,100000,1000000 QUEUE=redis|kafka); 100,000 lines take ten minutes
+bench-batch: $(DEV_READY)  ## batches of growing size, and what a line costs; simulated engines (LINES=1000,10000,100000,1000000 QUEUE=redis|kafka)
 	$(BIN)/python -m tests.benchmarks.batch_scale $(if $(LINES),--lines $(LINES)) $(if $(QUEUE),--queue $(QUEUE))
 
 bench-report: $(DEV_READY)  ## write the newest results into docs/benchmarks.md, with plots

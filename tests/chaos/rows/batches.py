@@ -33,6 +33,8 @@ SETTLED_S = 3.0
 LOST_S = 1.0
 LOOK_S = 5.0
 """Between two looks at what was run: a committed line's state is kept for a minute."""
+ASK_S = 0.25
+"""Between two looks at the batch, which cost an ingress a millisecond or two."""
 MARGIN = 3
 """Faults hit the first two thirds, so that something is left to be done after the last."""
 NAMES = ("output", "error")
@@ -190,10 +192,12 @@ def _taken_at(part: Part) -> str:
 
 
 async def _reached(job: Job, mark: int) -> bool:
+    await asyncio.sleep(ASK_S)
     return await asyncio.to_thread(job.finished) >= mark
 
 
 async def _ended(job: Job) -> bool:
+    await asyncio.sleep(ASK_S)
     return (await asyncio.to_thread(job.seen)).get("status") in ENDED
 
 
