@@ -1,6 +1,7 @@
 """The request queue on Apache Kafka.
 
-One topic per class, ``requests.{pool}.{class}``, and ``requests.{pool}.dead``; one consumer group, ``penstock.{pool}``.
+One topic per class, ``requests.{pool}.{class}``, and ``requests.{pool}.dead``; one consumer group, ``penstock.{pool}``,
+in which each process has a consumer a class.
 A publish is acknowledged by all in-sync replicas. Deliveries finish in any order: the committed offset is a watermark
 and its metadata names what is finished above it (:mod:`penstock.queue.ledger`). A topic's ``retention.ms`` must be
 longer than requests may wait.
@@ -64,7 +65,7 @@ class KafkaQueue:
         self._admin: AdminClient | None = None
         self._publisher: Publisher | None = None
         self._counter: BacklogCounter | None = None
-        self._poller: PollThread | None = None
+        self._pollers: tuple[PollThread, ...] = ()
         self._failure: Exception | None = None
         self._closed = False
 
@@ -75,8 +76,8 @@ class KafkaQueue:
 
     async def pull(self, budget: Budget) -> list[Delivery]:
         """Take what fits from what the poll thread read."""
-        if self._poller is None:
-            await self._call(self._open_poller, CALL_TIMEOUT_S)
+        if not self._pollers:
+            await self._call(self._open_pollers, CALL_TIMEOUT_S)
         while not (deliveries := await self._intake.take(budget, self._bury)):
             await self._arrival()
         self._regulate()
@@ -107,9 +108,9 @@ class KafkaQueue:
 
     async def depth(self) -> dict[PriorityClass, Depth]:
         """Exact but for what other consumers finished within their commit interval; own work is committed first."""
-        if self._poller is not None and self._poller.healthy:
+        if self._pollers and self.healthy:
             async with _within(CALL_TIMEOUT_S):
-                await asyncio.wrap_future(self._poller.flush())
+                await asyncio.gather(*(asyncio.wrap_future(poller.flush()) for poller in self._pollers))
         return await self._call(lambda: self._open_counter().count(), DEPTH_TIMEOUT_S)
 
     async def ping(self) -> None:
@@ -118,8 +119,8 @@ class KafkaQueue:
 
     @property
     def healthy(self) -> bool:
-        """False when the poll thread hangs: a call into the client that does not return cannot be ended."""
-        return self._poller is None or self._poller.healthy
+        """False when a poll thread hangs: a call into the client that does not return cannot be ended."""
+        return all(poller.healthy for poller in self._pollers)
 
     async def close(self) -> None:
         """Commit, leave the group, finish what is being published."""
@@ -138,35 +139,32 @@ class KafkaQueue:
         """From the poll thread: other consumers have these partitions now."""
         self._loop.call_soon_threadsafe(self._intake.drop, lambda position: position[:2] not in partitions)
 
-    def stopped(self, error: Exception | None) -> None:
-        """From the poll thread: it ended."""
+    def stopped(self, poller: PollThread, error: Exception | None) -> None:
+        """From a poll thread: it ended."""
         if not self._closed:
-            self._loop.call_soon_threadsafe(self._fail, error)
+            self._loop.call_soon_threadsafe(self._fail, poller, error)
 
     def _accept(self, entries: list[Entry]) -> None:
         self._intake.put(entries)
         self._regulate()
 
-    def _fail(self, error: Exception | None) -> None:
-        self._failure = error
-        self._poller = None
-        self._intake.drop(lambda position: False)
-        self._intake.wake()
+    def _fail(self, poller: PollThread, error: Exception | None) -> None:
+        """One consumer is lost: begin anew with all."""
+        if poller in self._pollers:
+            self._failure = error
+            pollers, self._pollers = self._pollers, ()
+            self._calls.submit(_close, pollers)
+            self._intake.drop(lambda position: False)
+            self._intake.wake()
 
     def _regulate(self) -> None:
         """Pause the classes that are full here, resume those half empty."""
-        if self._poller is None:
-            return
-        full = self._poller.full_ranks
-        limit = [0.5 if rank in full else 1.0 for rank in range(len(PriorityClass))]
-        self._poller.full_ranks = frozenset(
-            rank
-            for rank, held in enumerate(self._intake.held())
-            if held.requests > BUFFER_REQUESTS * limit[rank] or held.tokens > BUFFER_TOKENS * limit[rank]
-        )
+        for poller, held in zip(self._pollers, self._intake.held(), strict=bool(self._pollers)):
+            limit = 0.5 if poller.full else 1.0
+            poller.full = held.requests > BUFFER_REQUESTS * limit or held.tokens > BUFFER_TOKENS * limit
 
     async def _arrival(self) -> None:
-        """Wait for the next entries; raises when the poll thread has died or hangs."""
+        """Wait for the next entries; raises when a poll thread has died or hangs."""
         if self._failure is None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STALL_S):
@@ -175,11 +173,11 @@ class KafkaQueue:
             failure, self._failure = self._failure, None
             raise QueueUnavailable(f"the Kafka consumer stopped: {failure!r}") from failure
         if not self.healthy:
-            raise QueueUnavailable("the Kafka poll thread hangs")
+            raise QueueUnavailable("a Kafka poll thread hangs")
 
     def _finish(self, entries: Sequence[Entry]) -> None:
-        if self._poller is not None:
-            self._poller.finish(entry.position for entry in entries)
+        for poller in self._pollers:
+            poller.finish(entry.position for entry in entries)
         self._intake.forget(entries)
 
     async def _bury(self, entry: Entry, reason: str) -> None:
@@ -213,13 +211,19 @@ class KafkaQueue:
         if self._publisher is None:
             self._publisher = Publisher(self._settings)
 
-    def _open_poller(self) -> None:
+    def _open_pollers(self) -> None:
         self._open_admin()
-        if self._poller is None:
-            poller = PollThread(self._settings, self._topics, self)
-            poller.start()
-            poller.connected.result()
-            self._poller, self._failure = poller, None
+        if not self._pollers:
+            pollers = tuple(PollThread(self._settings, self._topics, rank, self) for rank in range(len(PriorityClass)))
+            for poller in pollers:
+                poller.start()
+            try:
+                for poller in pollers:
+                    poller.connected.result()
+            except BaseException:
+                _close(pollers)
+                raise
+            self._pollers, self._failure = pollers, None
 
     def _open_counter(self) -> BacklogCounter:
         if self._counter is None:
@@ -227,13 +231,22 @@ class KafkaQueue:
         return self._counter
 
     def _close_all(self) -> None:
-        for part in (self._poller, self._publisher, self._counter):
+        _close(self._pollers)
+        for part in (self._publisher, self._counter):
             if part is not None:
                 part.close()
         self._counter = self._admin = None  # the library ends a client that nobody holds; later it would be too late
 
     def _dead_letters(self) -> DeadLetterTopic:
         return DeadLetterTopic(self._settings, self._topics, self._open_admin())
+
+
+def _close(pollers: Sequence[PollThread]) -> None:
+    """Side by side: each commits and leaves the group."""
+    for poller in pollers:
+        poller.stop()
+    for poller in pollers:
+        poller.join()
 
 
 @contextlib.asynccontextmanager

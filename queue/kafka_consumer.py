@@ -1,4 +1,4 @@
-"""The thread that owns the Kafka consumer: polls, keeps the ledgers, commits.
+"""The thread that owns the Kafka consumer of one class: polls, keeps the ledgers, commits.
 
 Whoever polls too rarely loses its partitions. So nothing waits here for the event loop: entries go out by
 ``call_soon_threadsafe``, finished offsets come in through the ledgers under a lock, and a class whose entries pile up
@@ -59,18 +59,23 @@ class Sink(Protocol):
     def revoked(self, partitions: set[tuple[str, int]]) -> None:
         """These partitions are another consumer's now."""
 
-    def stopped(self, error: Exception | None) -> None:
+    def stopped(self, poller: PollThread, error: Exception | None) -> None:
         """The thread ended."""
 
 
 class PollThread:
-    """One consumer of the pool's group."""
+    """One consumer of the pool's group, for one class.
 
-    def __init__(self, queue: QueueSettings, topics: Topics, sink: Sink) -> None:
+    A consumer for each class, because the library's cooperative assignor counts partitions and does not look at their
+    topics: of two processes one could have all of a class, and the other, with as much room for it, nothing.
+    """
+
+    def __init__(self, queue: QueueSettings, topics: Topics, rank: int, sink: Sink) -> None:
         self._settings = queue
-        self._topics = topics
+        self._group = topics.group
+        self._topic = topics.classes[rank]
+        self._rank = rank
         self._sink = sink
-        self._ranks = {topic: rank for rank, topic in enumerate(topics.classes)}
         self._lock = threading.Lock()
         self._ledgers: dict[Partition, Ledger] = {}
         self._dirty: set[Partition] = set()
@@ -79,11 +84,11 @@ class PollThread:
         self._committed_at = 0.0
         self._polled_at = time.monotonic()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="penstock-kafka-poll", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"penstock-kafka-poll-{rank}", daemon=True)
         self._consumer: Consumer
         self.connected: Future[None] = Future()
-        self.full_ranks: frozenset[int] = frozenset()
-        """Classes to read no more of for now; set by the event loop."""
+        self.full = False
+        """Whether to read no more for now; set by the event loop."""
 
     def start(self) -> None:
         """Start polling; :attr:`connected` tells when the broker was reached."""
@@ -110,9 +115,12 @@ class PollThread:
             self._flushes.append(done)
         return done
 
-    def close(self) -> None:
-        """Commit, leave the group and end. Blocks."""
+    def stop(self) -> None:
+        """Commit, leave the group and end; :meth:`join` waits for it."""
         self._stop.set()
+
+    def join(self) -> None:
+        """Return when the thread has ended."""
         self._thread.join()
 
     def _run(self) -> None:
@@ -129,7 +137,7 @@ class PollThread:
             self._commit_all()
         except Exception as error:
             failure = error
-        self._sink.stopped(failure)
+        self._sink.stopped(self, failure)
         _answer(self._flushes, QueueUnavailable("the consumer was closed"))
         self._consumer.close()
 
@@ -138,7 +146,7 @@ class PollThread:
             Consumer,
             self._settings,
             {
-                "group.id": self._topics.group,
+                "group.id": self._group,
                 "enable.auto.commit": False,
                 "enable.auto.offset.store": False,
                 "auto.offset.reset": "earliest",
@@ -156,9 +164,7 @@ class PollThread:
                 "on_commit": self._committed,
             },
         )
-        self._consumer.subscribe(
-            list(self._topics.classes), on_assign=self._gained, on_revoke=self._revoked, on_lost=self._lost
-        )
+        self._consumer.subscribe([self._topic], on_assign=self._gained, on_revoke=self._revoked, on_lost=self._lost)
 
     # -- the group's changes; called by the library within a poll
 
@@ -219,7 +225,7 @@ class PollThread:
     def _entry(self, message: Message) -> Entry:
         (topic, number), offset = place(message)
         return Entry(
-            order=(self._ranks[topic], message.timestamp()[1], number, offset),
+            order=(self._rank, message.timestamp()[1], number, offset),
             tokens=tokens_of(message),
             data=message.value() or b"",
             position=(topic, number, str(offset)),
@@ -275,7 +281,7 @@ class PollThread:
         ]
 
     def _apply_pauses(self, assigned: set[Partition]) -> None:
-        full = {partition for partition in assigned if self._ranks[partition.topic] in self.full_ranks}
+        full = assigned if self.full else set()
         if pause := [TopicPartition(*partition) for partition in full - self._paused]:
             self._consumer.pause(pause)
         if resume := [TopicPartition(*partition) for partition in self._paused - full]:
