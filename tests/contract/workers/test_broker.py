@@ -52,14 +52,15 @@ async def test_rebalances_repeat_nothing(on_kafka: Cluster) -> None:
 
 async def test_client_that_hangs_ends_the_dispatcher(on_kafka: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process is replaced; waiting for a call that never returns helps nobody."""
-    monkeypatch.setattr(kafka_consumer, "STALL_S", 2.0)
     on_kafka.add()
     running = on_kafka.dispatch()
     await on_kafka.completes(await on_kafka.send())
     assert isinstance(running.queue, KafkaQueue)
     returns = threading.Event()
-    monkeypatch.setattr(kafka_consumer, "take", lambda *_: list[Message]() if returns.wait() else None)
-    done, _ = await asyncio.wait({running._task}, timeout=PATIENCE_S)
+    with monkeypatch.context() as hanging:
+        hanging.setattr(kafka_consumer, "STALL_S", 2.0)
+        hanging.setattr(kafka_consumer, "take", lambda *_: list[Message]() if returns.wait() else None)
+        done, _ = await asyncio.wait({running._task}, timeout=PATIENCE_S)
     returns.set()
     assert done
     error = running._task.exception()
