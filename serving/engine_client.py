@@ -1,6 +1,6 @@
 """vLLM's engine client, with the queue as the engine.
 
-One of the two modules that touch vLLM. vLLM's ``AsyncLLM`` renders, tokenizes, validates, detokenizes and formats;
+vLLM's ``AsyncLLM`` renders, tokenizes, validates, detokenizes and formats;
 this client takes its finished engine requests, publishes them, and feeds token frames back. Everything OpenAI-shaped
 stays vLLM's own code.
 """
@@ -15,59 +15,39 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
-import msgspec
-import numpy as np
 import structlog
-import torch
 from vllm.config import VllmConfig
-from vllm.sampling_params import SamplingParams
 from vllm.tasks import SupportedTask
 from vllm.v1.engine import (
-    EngineCoreEvent,
-    EngineCoreEventType,
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
-    FinishReason,
 )
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
-from vllm.v1.metrics.stats import PrefillStats
-from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
 from penstock.queue.errors import InvalidRecord, StoreUnavailable, TransientError
 from penstock.queue.mailbox import TokenReader
-from penstock.queue.messages import TERMINAL, Delivered, Finish, Frame, Logprobs, StreamError, Usage, encode
+from penstock.queue.messages import TERMINAL, Delivered, Finish, Frame, StreamError, encode
 from penstock.queue.protocol import RequestQueue
 from penstock.queue.readers import Readers, Revival, Standing
-from penstock.queue.records import Record, pack_tokens, prefix_hashes
+from penstock.queue.records import Record
 from penstock.queue.settings import ModelSettings
 from penstock.serving.admission import Backlog
 from penstock.serving.context import Outcome, RequestContext, current
 from penstock.serving.durable.leaving import Leaving
 from penstock.serving.errors import to_vllm_error
 from penstock.serving.output_queue import OutputQueue
-
-INGRESS_ONLY = frozenset(
-    {
-        "n", "stop", "include_stop_str_in_output", "output_text_buffer_length", "detokenize", "skip_special_tokens",
-        "spaces_between_special_tokens", "output_kind", "stream_interval", "skip_clone", "flat_logprobs",
-    }
-)  # fmt: skip
-"""Sampling parameters that are used up at the ingress: fan-out, detokenization and stop strings happen there."""
+from penstock.serving.translation import to_record, to_vllm_output, without_end
 
 REVIVE_RETRY_S = 1.0
 """Redis or the broker are away: the client waits, and so do we."""
 REVIVALS = 3
 """How often a reader that came later takes back an ABORT: the one it found, and such as were under way when it came.
 While somebody reads nothing is parked, so any other is meant."""
-COMPLETIONS = "/v1/completions"
-"""The one path that takes several prompts."""
 CANCELLED = Frame(TERMINAL, [], finish=Finish.ABORT)
 """Delivered in place of an ABORT that is final."""
-TRANSFER_ARGS = frozenset({"kv_transfer_params", "ec_transfer_params"})
-"""What a client must not say: they name KV blocks of an engine, which may be another tenant's."""
 
 log = structlog.get_logger()
 
@@ -114,7 +94,7 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Publish or attach. Returns when the broker has acknowledged; raises (and cancels) when it has not."""
         context, local = current(), request.request_id
-        record = _record(request, context, self._model, self._reader.channel)
+        record = to_record(request, context, self._model, self._reader.channel)
         self._streams[local] = _Stream(record, context, self.output_of(local))
         self._reader.open(record.id, local, live=not context.attach)
         try:
@@ -166,7 +146,7 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         if frame.finish is Finish.ABORT and stream.revivals > 0 and frame is not CANCELLED:
             stream.revivals -= 1
             self._start(self._revive(item.id, stream, frame, self._reader.frames(item.id) - 1))
-            return _to_vllm(item.id, _without_end(frame), None) if frame.tokens else None
+            return to_vllm_output(item.id, without_end(frame), None) if frame.tokens else None
         if frame.finish is not None:
             self._close(item.id)
         if frame.error is not None:
@@ -175,12 +155,12 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         if stream.output.full:
             self._reader.pause(item.id)
             stream.output.call_when_low(partial(self._reader.resume, item.id))
-        return _to_vllm(item.id, frame, None if frame.usage is None else stream.started)
+        return to_vllm_output(item.id, frame, None if frame.usage is None else stream.started)
 
     async def _revive(self, local: str, stream: _Stream, frame: Frame, position: int) -> None:
         """It was parked because nobody read it, and here is a reader: let it go on. A cancellation that was asked for
         stays."""
-        instead = encode(_without_end(frame)) if frame.tokens else b""
+        instead = encode(without_end(frame)) if frame.tokens else b""
         while local in self._streams:
             try:
                 revival = await self._readers.revive(stream.record.id, position, instead)
@@ -294,97 +274,3 @@ def _engine_client(client: QueueClient) -> Iterator[None]:
         yield
     finally:
         EngineCoreClient.make_async_mp_client = staticmethod(original)
-
-
-def _record(request: EngineCoreRequest, context: RequestContext, model: ModelSettings, reply_to: str) -> Record:
-    if request.sampling_params is None or request.prompt_token_ids is None or request.mm_features:
-        raise to_vllm_error(InvalidRecord("only text prompts for generation are supported"))
-    prompt = pack_tokens(request.prompt_token_ids)
-    hints = {"reasoning_ended": request.reasoning_ended, "reasoning_parser_kwargs": request.reasoning_parser_kwargs}
-    return Record(
-        id=_record_id(request, context),
-        model=model.served_name,
-        pool=model.pool,
-        release=model.release,
-        tenant=context.tenant,
-        priority_class=context.priority_class,
-        num_tokens=len(request.prompt_token_ids),
-        prompt=prompt,
-        sampling=_sampling(request.sampling_params),
-        reply_to=reply_to,
-        accepted_ms=context.accepted_ms,
-        deadline_ms=context.deadline_ms,
-        external_id=context.external_id,
-        tags=context.tags,
-        trace=context.trace,
-        prefix_hashes=prefix_hashes(prompt, f"{context.tenant}:{request.cache_salt or ''}"),
-        cache_salt=request.cache_salt,
-        hints={name: value for name, value in hints.items() if value is not None},
-        body=context.body,
-    )
-
-
-def _record_id(request: EngineCoreRequest, context: RequestContext) -> str:
-    """The same at each rendering: by prompt and choice. vLLM's id says which these are: ``[{choice}_]{external id}-…``,
-    and the external id of a completion ends in ``-{prompt}``."""
-    external: str = request.external_req_id
-    before, prompt = request.request_id.partition(external)[0], external.rpartition("-")[2]
-    part = int(before[:-1]) if before else 0
-    if context.path == COMPLETIONS and context.choices > context.n and prompt.isdecimal():
-        part += int(prompt) * context.n
-    name = context.stream_id if context.choices == 1 else f"{context.stream_id}:{part}"
-    again = context.draws.occurrence(part)
-    return f"{name}+{again}" if again else name
-
-
-def _without_end(frame: Frame) -> Frame:
-    return msgspec.structs.replace(frame, finish=None, stop_reason=None)
-
-
-def _sampling(params: SamplingParams) -> dict[str, Any]:
-    """Parameters by name, without defaults and without what is used up here."""
-    by_name = cast("dict[str, Any]", msgspec.to_builtins(params))
-    extra = by_name.get("extra_args") or {}
-    by_name["extra_args"] = {name: value for name, value in extra.items() if name not in TRANSFER_ARGS}
-    return {name: value for name, value in by_name.items() if name not in INGRESS_ONLY and value not in (None, [], {})}
-
-
-def _to_vllm(request_id: str, frame: Frame, accepted: float | None) -> EngineCoreOutput:
-    return EngineCoreOutput(
-        request_id=request_id,
-        new_token_ids=frame.tokens,
-        new_logprobs=None if frame.logprobs is None else LogprobsLists(*_arrays(frame.logprobs)),
-        new_prompt_logprobs_tensors=_tensors(frame.prompt_logprobs),
-        finish_reason=None if frame.finish is None else FinishReason(frame.finish),
-        stop_reason=frame.stop_reason,
-        events=None if accepted is None else _events(accepted),
-        prefill_stats=None if frame.usage is None else _prefill_stats(frame.usage),
-    )
-
-
-def _events(accepted: float) -> list[EngineCoreEvent]:
-    """Scheduling events on this process' clock. An engine's own would be another host's monotonic time; seen from here
-    everything between acceptance and the first token is prefill."""
-    kinds = (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED)
-    return [EngineCoreEvent.new_event(kind, accepted) for kind in kinds]
-
-
-def _prefill_stats(usage: Usage) -> PrefillStats:
-    stats = PrefillStats()
-    stats.set(usage.prompt_tokens, usage.cached_tokens, usage.transferred_tokens)
-    return stats
-
-
-def _arrays(logprobs: Logprobs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    shape = (-1, logprobs.width)
-    return (
-        np.frombuffer(logprobs.token_ids, dtype=np.int32).reshape(shape),
-        np.frombuffer(logprobs.logprobs, dtype=np.float32).reshape(shape),
-        np.frombuffer(logprobs.ranks, dtype=np.int32),
-    )
-
-
-def _tensors(logprobs: Logprobs | None) -> LogprobsTensors | None:
-    if logprobs is None:
-        return None
-    return LogprobsTensors(*(torch.from_numpy(array.copy()) for array in _arrays(logprobs)))

@@ -1,6 +1,6 @@
 """vLLM behind the :class:`~penstock.workers.engine.Engine` interface: this process owns the core itself.
 
-One of the two modules that touch vLLM. Owning the core, instead of talking to vLLM's own engine process,
+Owning the core, instead of talking to vLLM's own engine process,
 saves two interpreters and a hop per step, and leaves nothing behind when the replica is killed.
 """
 
