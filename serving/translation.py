@@ -33,8 +33,10 @@ TRANSFER_ARGS = frozenset({"kv_transfer_params", "ec_transfer_params"})
 
 
 def to_record(request: EngineCoreRequest, context: RequestContext, model: ModelSettings, reply_to: str) -> Record:
-    """The record of an engine request, to be answered on the channel ``reply_to``. Raises vLLM's error for a prompt that is
-    more than text."""
+    """The record of an engine request, to be answered on the channel ``reply_to``.
+
+    Raises vLLM's error for a prompt that is more than text.
+    """
     if request.sampling_params is None or request.prompt_token_ids is None or request.mm_features:
         raise to_vllm_error(InvalidRecord("only text prompts for generation are supported"))
     prompt = pack_tokens(request.prompt_token_ids)
