@@ -25,13 +25,14 @@ from penstock.queue.errors import (
 )
 from penstock.queue.mailbox import Mailbox
 from penstock.queue.messages import TERMINAL, Event, EventKind, Finish, Frame, Stage, StreamError, decode_events
-from penstock.queue.protocol import Bound, Delivery, RequestQueue
-from penstock.queue.records import PriorityClass, now_ms
+from penstock.queue.protocol import RequestQueue
+from penstock.queue.records import now_ms
 from penstock.queue.registry import LEASE_S, Registry
 from penstock.queue.settings import RedisSettings
 from penstock.queue.token_log import Dispatched, DispatchStatus, RequestLog, emitted_tokens
+from penstock.workers.books import Books
 from penstock.workers.errand import Errand
-from penstock.workers.pull import OUTAGE_PAUSE_S, Puller
+from penstock.workers.pull import OUTAGE_PAUSE_S
 from penstock.workers.routing import Router
 from penstock.workers.settings import WorkerSettings
 
@@ -51,10 +52,7 @@ log = structlog.get_logger()
 
 
 class Dispatcher:
-    """Moves requests of one pool. :meth:`run` until cancelled.
-
-    An errand in ``_errands`` is either in ``_waiting`` or placed (it has a target); only :meth:`_place_waiting` places.
-    """
+    """Moves requests of one pool. :meth:`run` until cancelled."""
 
     def __init__(
         self,
@@ -73,64 +71,37 @@ class Dispatcher:
         self._workers = workers
         self._pool = pool
         self._router = Router(workers)
-        self._errands: dict[str, Errand] = {}
-        self._waiting: dict[str, Errand] = {}
+        self._books = Books(queue, self._router)
         self._uncompleted: list[Errand] = []
         self._judging_from = 0.0
         self._in_doubt = False
-        self._puller = Puller(queue, self._bounds, self._admit)
-        self._retry = asyncio.Event()
 
     async def run(self) -> None:
         """Dispatch for ever; an unexpected error ends it (and with it the process)."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow())
             tasks.create_task(self._watch())
-            tasks.create_task(self._puller.run())
+            tasks.create_task(self._books.puller.run())
             tasks.create_task(self._place_waiting())
             tasks.create_task(self._report())
 
     # -- queue to engines
 
-    def _bounds(self) -> tuple[Bound, ...]:
-        """Room by class. None for a class of which older work still waits for a replica, and for those below it."""
-        waiting = [errand.rank for errand in self._waiting.values() if self._wants_room(errand)]
-        first = min(waiting, default=len(PriorityClass))
-        return tuple(room if rank < first else Bound(0, 0) for rank, room in enumerate(self._router.room()))
-
-    def _wants_room(self, errand: Errand) -> bool:
-        return errand.ready and not self._router.isolated(errand)
-
-    def _admit(self, delivery: Delivery) -> None:
-        known = self._errands.get(delivery.record.id)
-        if known is not None:  # delivered again after a rebalance, or published twice
-            known.deliveries.append(delivery)
-        else:
-            errand = self._errands[delivery.record.id] = Errand(delivery)
-            self._wait(errand)
-
     async def _place_waiting(self) -> None:
         """New work, and work that found no room or lost its replica, as soon as there may be room."""
         while True:
-            await self._retry.wait()
-            self._retry.clear()
+            await self._books.placeable.wait()
+            self._books.placeable.clear()
             try:
-                await self._expire(list(self._waiting.values()))
-                await self._condemn(list(self._waiting.values()))
-                ready = [errand for errand in self._waiting.values() if errand.ready]
-                placed = self._place(sorted(ready, key=Errand.urgency))
-                self._puller.look()
+                await self._expire(list(self._books.waiting.values()))
+                await self._condemn(list(self._books.waiting.values()))
+                placed = self._books.place()
+                self._books.puller.look()
                 await self._dispatch(placed)
             except TransientError as error:
                 log.warning("dispatch_paused", error=str(error))
                 await asyncio.sleep(OUTAGE_PAUSE_S)
-                self._retry.set()
-
-    def _place(self, errands: Iterable[Errand]) -> list[Errand]:
-        placed = [errand for errand in errands if self._router.place(errand)]
-        for errand in placed:
-            del self._waiting[errand.id]
-        return placed
+                self._books.placeable.set()
 
     async def _dispatch(self, placed: Sequence[Errand]) -> None:
         """Give what was placed to the replicas, in one script call."""
@@ -140,11 +111,11 @@ class Dispatcher:
             answers = await self._log.dispatch(self._mailbox.channel, [errand.dispatch() for errand in placed])
         except StoreUnavailable:
             for errand in placed:
-                self._wait(errand)
+                self._books.wait(errand)
             raise
         for errand, answer in zip(placed, answers, strict=True):
             errand.attempt = max(errand.attempt, answer.attempt)
-            if not errand.ended and errand.id not in self._waiting:
+            if not errand.ended and errand.id not in self._books.waiting:
                 await self._answered(errand, answer)
 
     async def _answered(self, errand: Errand, answer: Dispatched) -> None:
@@ -158,7 +129,7 @@ class Dispatcher:
                 await self._refused(errand, answer)
             except TransientError as error:
                 log.warning("dispatch_retried", request_id=errand.id, error=str(error))
-                self._wait(errand)
+                self._books.wait(errand)
 
     async def _refused(self, errand: Errand, answer: Dispatched) -> None:
         if answer.status is DispatchStatus.DONE:
@@ -169,7 +140,7 @@ class Dispatcher:
             await self._go_on(errand, answer)
         else:
             self._router.close(errand.target)
-            self._wait(errand)
+            self._books.wait(errand)
 
     async def _go_on(self, errand: Errand, answer: Dispatched) -> None:
         """It ran before: the next engine goes on after what was delivered, knowing what happened to the last."""
@@ -179,14 +150,7 @@ class Dispatcher:
         if len(errand.emitted) != answer.next:
             await self._fail(errand, StreamInterrupted(TRUNCATED))
         else:
-            self._wait(errand)
-
-    def _wait(self, errand: Errand) -> None:
-        """Let it wait for a replica, unless it has ended meanwhile."""
-        if not errand.ended:
-            self._router.give_back(errand)
-            self._waiting[errand.id] = errand
-            self._retry.set()
+            self._books.wait(errand)
 
     # -- back from the engines
 
@@ -212,16 +176,16 @@ class Dispatcher:
 
     async def _missed(self) -> list[Event]:
         """Where our dispatched requests stand, whatever messages were lost, and whatever Redis lost."""
-        attempts = {errand.id: errand.attempt for errand in self._errands.values() if errand.attempt}
+        attempts = {errand.id: errand.attempt for errand in self._books.errands.values() if errand.attempt}
         return await self._log.states(attempts) if attempts else []
 
     async def _handle(self, events: list[Event]) -> None:
-        known = [(errand, event) for event in events if (errand := self._errands.get(event.id)) is not None]
+        known = [(errand, event) for event in events if (errand := self._books.errands.get(event.id)) is not None]
         await self._complete(await self._ended([errand for errand, event in known if event.kind is EventKind.DONE]))
         for errand, event in known:
             if not errand.ended and errand.target:
                 self._moved(errand, event)
-        self._wake()
+        self._books.look()
 
     async def _ended(self, errands: list[Errand]) -> list[Errand]:
         """Those whose end stands. One that was delivered again may have been taken back after a cancellation: then
@@ -264,7 +228,7 @@ class Dispatcher:
         log.warning("redispatch", request_id=errand.id, attempt=errand.attempt, deaths=errand.deaths + deaths, why=why)
         if deaths:
             errand.suspect(errand.deaths + deaths)
-        self._wait(errand)
+        self._books.wait(errand)
 
     # -- leases and deadlines
 
@@ -298,12 +262,12 @@ class Dispatcher:
         ours = [replica for replica in alive.values() if replica.pool == self._pool]
         self._router.refresh(ours, keep=not self._judging)
         await self._leave_the_gone()
-        await self._expire(list(self._errands.values()))
+        await self._expire(list(self._books.errands.values()))
         await self._complete(self._uncompleted)
-        self._wake()
+        self._books.look()
 
     async def _leave_the_gone(self) -> None:
-        gone = {errand: id_ for errand in self._errands.values() if (id_ := self._router.dead(errand))}
+        gone = {errand: id_ for errand in self._books.errands.values() if (id_ := self._router.dead(errand))}
         departed = await self._registry.departed(sorted(set(gone.values()))) if gone else set()
         for errand, replica_id in gone.items():
             if errand.ended or self._router.dead(errand) != replica_id:
@@ -319,12 +283,6 @@ class Dispatcher:
             if errand.record.expired(now) and not errand.ended:
                 await self._fail(errand, DeadlineExceeded("the request's deadline passed before it finished"))
 
-    def _wake(self) -> None:
-        """There may be room now."""
-        self._puller.look()
-        if self._waiting:
-            self._retry.set()
-
     # -- ends
 
     async def _condemn(self, errands: Iterable[Errand]) -> None:
@@ -338,7 +296,7 @@ class Dispatcher:
         for delivery in errand.deliveries:
             await self._queue.dead_letter(delivery, str(error))
         await self._log.finish([(errand.id, errand.record.reply_to, _frame(error))])
-        self._forget(errand)
+        self._books.forget(errand)
 
     async def _fail(self, errand: Errand, error: PenstockError) -> None:
         log.warning("request_failed", request_id=errand.id, code=error.code, error=str(error))
@@ -353,23 +311,13 @@ class Dispatcher:
         if not errands:
             return
         for errand in errands:
-            self._forget(errand)
+            self._books.forget(errand)
         try:
             await self._queue.complete([delivery for errand in errands for delivery in errand.deliveries])
             self._uncompleted = [errand for errand in self._uncompleted if errand not in errands]
         except TransientError as error:
             log.warning("completion_delayed", error=str(error), requests=len(errands))
             self._uncompleted += [errand for errand in errands if errand not in self._uncompleted]
-
-    def _forget(self, errand: Errand) -> None:
-        errand.ended = True
-        self._errands.pop(errand.id, None)
-        self._waiting.pop(errand.id, None)
-        self._router.give_back(errand)
-        copies, errand.deliveries = errand.deliveries[1:], errand.deliveries[:1]
-        for delivery in copies:  # perhaps published because this end was taken back: dispatching it will tell
-            self._admit(delivery)
-        self._wake()
 
 
 def _frame(error: PenstockError) -> Frame:

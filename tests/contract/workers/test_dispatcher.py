@@ -122,7 +122,7 @@ async def test_published_again_before_its_end_was_noticed(mixed: Cluster) -> Non
     record = await mixed.send()
     await mixed.running_on(record, worker)
     await mixed.queue.publish(record)
-    errand = running.dispatcher._errands[record.id]
+    errand = running.dispatcher._books.errands[record.id]
     await mixed.until(lambda: len(errand.deliveries) == 2, "it was delivered again")
     await mixed.log.reset([record.id])
     await running.dispatcher._handle([Event(record.id, EventKind.DONE, 1)])
@@ -152,7 +152,7 @@ async def test_cancelled_while_waiting_for_room(mixed: Cluster) -> None:
     first = await mixed.send(300)
     await mixed.running_on(first, worker)
     second = await mixed.send(300)
-    await mixed.until(lambda: second.id in running.dispatcher._waiting, "the second one waits")
+    await mixed.until(lambda: second.id in running.dispatcher._books.waiting, "the second one waits")
     await mixed.log.cancel([second.id])
     worker.engine.allow()
     assert await mixed.end(second) == Frame(TERMINAL, [], finish=Finish.ABORT)
@@ -344,7 +344,7 @@ async def test_hand_over_to_the_dead(split: Cluster) -> None:
     split.add("decode")
     await split.completes(record)
     await split.drained()
-    assert running.dispatcher._errands == {}
+    assert running.dispatcher._books.errands == {}
 
 
 async def test_dispatcher_death_leaves_the_running_alone(mixed: Cluster) -> None:
@@ -365,7 +365,7 @@ async def test_dispatcher_death_leaves_the_running_alone(mixed: Cluster) -> None
     await mixed.completes(record)
     await mixed.drained()
     assert await mixed.field(record, "attempt") == "1"
-    assert running.dispatcher._errands == {}
+    assert running.dispatcher._books.errands == {}
 
 
 async def test_adopted_in_prefill_then_decode_dies(split: Cluster) -> None:
@@ -471,7 +471,7 @@ async def test_lost_events_do_not_hold_a_request(mixed: Cluster) -> None:
     await mixed.client.hset(f"{mixed.settings.namespace}req:{record.id}", "dispatcher", "nobody")
     worker.engine.allow()
     await mixed.completes(record)
-    assert list(running.dispatcher._errands) == [record.id]
+    assert list(running.dispatcher._books.errands) == [record.id]
     await running.dispatcher._handle(await running.dispatcher._missed())
     await mixed.drained()
 
@@ -483,7 +483,7 @@ async def test_waiting_requests_survive_a_reconnection(mixed: Cluster) -> None:
     first = await mixed.send(300)
     await mixed.running_on(first, worker)
     second = await mixed.send(300)
-    await mixed.until(lambda: second.id in running.dispatcher._waiting, "the second one waits")
+    await mixed.until(lambda: second.id in running.dispatcher._books.waiting, "the second one waits")
     await running.dispatcher._handle(await running.dispatcher._missed())
     worker.engine.allow()
     await mixed.completes(first, second)
@@ -521,4 +521,4 @@ async def test_everything_ends_whatever_dies(split: Cluster, seed: int) -> None:
             await asyncio.to_thread(replicas[what].pop(turn % 2).die)
     await split.completes(*records)
     await split.drained()
-    await split.until(lambda: running.dispatcher._errands == {}, "the dispatcher holds nothing")
+    await split.until(lambda: running.dispatcher._books.errands == {}, "the dispatcher holds nothing")

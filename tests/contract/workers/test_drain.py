@@ -52,7 +52,7 @@ async def test_late_arrivals_are_given_back(mixed: Cluster) -> None:
     await mixed.until(lambda: bool(running.dispatcher._router._decode.seats), "the replica is known")
     old.host._inbox.draining = True
     record = await mixed.send()
-    await mixed.until(lambda: record.id in running.dispatcher._waiting, "it came back")
+    await mixed.until(lambda: record.id in running.dispatcher._books.waiting, "it came back")
     mixed.add()
     await mixed.completes(record)
     assert old.engine.started == []
@@ -77,4 +77,4 @@ async def test_rolling_replacement(split: Cluster, grace_s: float) -> None:
     await split.drained()
     deaths = {await split.field(record, "deaths") for record in records}
     assert deaths <= {"0"}
-    await split.until(lambda: running.dispatcher._errands == {}, "the dispatcher holds nothing")
+    await split.until(lambda: running.dispatcher._books.errands == {}, "the dispatcher holds nothing")

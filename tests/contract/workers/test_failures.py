@@ -160,7 +160,7 @@ async def test_waiting_batch_does_not_block_the_urgent(mixed: Cluster) -> None:
     first = await mixed.send(300)
     await mixed.running_on(first, worker)
     large = await mixed.send(300, priority_class=PriorityClass.BATCH)
-    await mixed.until(lambda: large.id in running.dispatcher._waiting, "the large one waits")
+    await mixed.until(lambda: large.id in running.dispatcher._books.waiting, "the large one waits")
     small = await mixed.send(5, priority_class=PriorityClass.INTERACTIVE)
     await mixed.running_on(small, worker)
     worker.engine.allow()

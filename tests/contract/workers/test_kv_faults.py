@@ -47,7 +47,7 @@ async def test_prefill_replica_dies_after_the_read(split: Cluster) -> None:
     decode.engine.allow(3)
     await split.emitted(record, 3)
     await split.until(
-        lambda: not running.dispatcher._errands[record.id].source, "the dispatcher knows that it was read"
+        lambda: not running.dispatcher._books.errands[record.id].source, "the dispatcher knows that it was read"
     )
     prefill.die()
     await split.until(lambda: not running.dispatcher._router._prefill.seats, "its death was noticed")
