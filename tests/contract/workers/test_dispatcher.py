@@ -65,7 +65,8 @@ async def test_short_prompts_skip_the_prefill_pool(split: Cluster) -> None:
 async def test_engine_is_never_overfull(mixed: Cluster) -> None:
     """Credits: no more than ``max_num_seqs`` of forty requests at a time, and none is lost waiting."""
     workers = [mixed.add(max_num_seqs=2) for _ in range(2)]
-    mixed.dispatch()
+    running = mixed.dispatch()
+    await mixed.until(lambda: len(running.dispatcher._router._decode.seats) == 2, "both replicas are known")
     await mixed.completes(*[await mixed.send(6) for _ in range(40)])
     assert all(0 < worker.engine.most_requests <= 2 for worker in workers)
     await mixed.drained()
