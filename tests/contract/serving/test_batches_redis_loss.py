@@ -126,3 +126,4 @@ async def _life(played: LossyBench, kills: Killer) -> None:
         await played.coordinate(kills)
     except* Exception as group:
         print(f"coordinator ended: {group.exceptions}")
+    await played.client.connection_pool.disconnect()  # those to the server that is no more
