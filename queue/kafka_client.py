@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
 
 import structlog
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from penstock.queue.errors import QueueUnavailable
@@ -159,6 +159,14 @@ def place(message: Message) -> tuple[Partition, int]:
     assert number is not None
     assert offset is not None
     return Partition(topic, number), offset
+
+
+def sound(offsets: list[TopicPartition]) -> list[TopicPartition]:
+    """These, if each was read or committed. Raises :class:`KafkaException`."""
+    for offset in offsets:
+        if offset.error is not None:
+            raise KafkaException(offset.error)
+    return offsets
 
 
 def settled(client: Consumer | AdminClient, call: Callable[[], T]) -> T:

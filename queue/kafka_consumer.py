@@ -18,7 +18,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from penstock.queue.errors import QueueUnavailable
 from penstock.queue.intake import Entry, Position
-from penstock.queue.kafka_client import REQUEST_TIMEOUT_S, Partition, Topics, open_client, place, take, tokens_of
+from penstock.queue.kafka_client import REQUEST_TIMEOUT_S, Partition, Topics, open_client, place, sound, take, tokens_of
 from penstock.queue.ledger import Ledger
 from penstock.queue.settings import QueueSettings
 
@@ -215,9 +215,7 @@ class PollThread:
             self._sink.arrived(fresh)
 
     def _open_ledger(self, partition: Partition, first_offset: int) -> Ledger:
-        (committed,) = self._consumer.committed([TopicPartition(*partition)], REQUEST_TIMEOUT_S)
-        if committed.error is not None:
-            raise KafkaException(committed.error)
+        (committed,) = sound(self._consumer.committed([TopicPartition(*partition)], REQUEST_TIMEOUT_S))
         if committed.offset < 0:
             return Ledger(first_offset)
         return Ledger(committed.offset, committed.metadata or "")
@@ -253,7 +251,7 @@ class PollThread:
             flushes, self._flushes = self._flushes, []
         try:
             if offsets:
-                self._consumer.commit(offsets=offsets, asynchronous=False)
+                sound(self._consumer.commit(offsets=offsets, asynchronous=False))
             _answer(flushes, None)
         except KafkaException as error:
             self._commit_again(offsets)

@@ -6,7 +6,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from penstock.queue.errors import QueueUnavailable
@@ -20,6 +20,7 @@ from penstock.queue.kafka_client import (
     open_client,
     place,
     settled,
+    sound,
     take,
     tokens_of,
 )
@@ -66,14 +67,14 @@ class LogReader:
         """The offset the group has committed of each partition, negative for none, and its metadata."""
         asked = [TopicPartition(*partition) for partition in self.partitions]
         with broker_errors():
-            found = settled(self._consumer, lambda: _sound(self._consumer.committed(asked, SETTLE_S)))
+            found = settled(self._consumer, lambda: sound(self._consumer.committed(asked, SETTLE_S)))
         return {Partition(offset.topic, offset.partition): (offset.offset, offset.metadata or "") for offset in found}
 
     def commit(self, ledgers: dict[Partition, Ledger]) -> None:
         """Have the group, which must be without members, finish this. Raises :class:`QueueUnavailable`."""
         offsets = [TopicPartition(*p, ledger.watermark, metadata=ledger.metadata()) for p, ledger in ledgers.items()]
         with broker_errors():
-            settled(self._consumer, lambda: _sound(self._consumer.commit(offsets=offsets, asynchronous=False)))
+            settled(self._consumer, lambda: sound(self._consumer.commit(offsets=offsets, asynchronous=False)))
 
     def read(self, ranges: dict[Partition, Range]) -> Iterator[Message]:
         """The records of each range. Raises :class:`QueueUnavailable` after :data:`READ_TIMEOUT_S`."""
@@ -109,14 +110,6 @@ class LogReader:
                 self._admin, lambda: self._admin.list_offsets({TopicPartition(*p): which for p in self.partitions})
             )
         return {Partition(p.topic, p.partition): result.offset for p, result in found.items()}
-
-
-def _sound(offsets: list[TopicPartition]) -> list[TopicPartition]:
-    """These, if each was answered. Raises :class:`KafkaException`."""
-    for offset in offsets:
-        if offset.error is not None:
-            raise KafkaException(offset.error)
-    return offsets
 
 
 class _Partition:
