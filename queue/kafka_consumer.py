@@ -1,7 +1,7 @@
 """The thread that owns the Kafka consumer of one class: polls, keeps the ledgers, commits.
 
 Whoever polls too rarely loses its partitions. So nothing waits here for the event loop: entries go out by
-``call_soon_threadsafe``, finished offsets come in through the ledgers under a lock, and a class whose entries pile up
+``call_soon_threadsafe``, finished offsets come in through the ledgers, and a class whose entries pile up
 is paused while polling goes on.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Protocol
@@ -19,6 +19,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from penstock.queue.errors import QueueUnavailable
 from penstock.queue.intake import Entry, Position
 from penstock.queue.kafka_client import REQUEST_TIMEOUT_S, Partition, Topics, open_client, place, sound, take, tokens_of
+from penstock.queue.kafka_ledgers import Ledgers, partitions_of
 from penstock.queue.ledger import Ledger
 from penstock.queue.settings import QueueSettings
 
@@ -76,11 +77,9 @@ class PollThread:
         self._topic = topics.classes[rank]
         self._rank = rank
         self._sink = sink
-        self._lock = threading.Lock()
-        self._ledgers: dict[Partition, Ledger] = {}
-        self._dirty: set[Partition] = set()
+        self._ledgers = Ledgers()
         self._paused: set[Partition] = set()
-        self._flushes: list[Future[None]] = []
+        self._flushes: deque[Future[None]] = deque()  # filled by any thread
         self._committed_at = 0.0
         self._polled_at = time.monotonic()
         self._stop = threading.Event()
@@ -101,18 +100,13 @@ class PollThread:
 
     def finish(self, positions: Iterable[Position]) -> None:
         """Note finished records; committed within :data:`COMMIT_INTERVAL_S`. From any thread."""
-        with self._lock:
-            for topic, number, offset in positions:
-                partition = Partition(topic, number)
-                if partition in self._ledgers and self._ledgers[partition].finish(int(offset)):
-                    self._dirty.add(partition)
+        self._ledgers.finish(positions)
 
     def flush(self) -> Future[None]:
         """Commit all that is finished; done when the broker has it. From any thread."""
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # the thread answers it even when nobody waits any more
-        with self._lock:
-            self._flushes.append(done)
+        self._flushes.append(done)
         return done
 
     def stop(self) -> None:
@@ -138,7 +132,7 @@ class PollThread:
         except Exception as error:
             failure = error
         self._sink.stopped(self, failure)
-        _answer(self._flushes, QueueUnavailable("the consumer was closed"))
+        self._answer_flushes(QueueUnavailable("the consumer was closed"))
         self._consumer.close()
 
     def _connect(self) -> None:
@@ -170,36 +164,32 @@ class PollThread:
 
     def _gained(self, _: Consumer, gained: list[TopicPartition]) -> None:
         """Whatever was known of them is old; a ledger is opened with a partition's first records."""
-        self._forget(_partitions(gained))
+        self._ledgers.forget(partitions_of(gained))
 
     def _revoked(self, _: Consumer, revoked: list[TopicPartition]) -> None:
         """Commit while the partitions are still ours, then forget them."""
-        partitions = _partitions(revoked)
-        with self._lock:
-            offsets = self._offsets(self._dirty & partitions)
-        if offsets:
+        partitions = partitions_of(revoked)
+        if offsets := self._ledgers.unsaved(partitions):
             self._consumer.commit(offsets=offsets, asynchronous=True)
         self._give_up(partitions)
 
     def _lost(self, _: Consumer, lost: list[TopicPartition]) -> None:
         """The group went on without us: somebody else commits for these now."""
-        self._give_up(_partitions(lost))
+        self._give_up(partitions_of(lost))
 
     def _give_up(self, partitions: set[Partition]) -> None:
-        self._forget(partitions)
+        self._ledgers.forget(partitions)
         self._paused -= partitions
         self._sink.revoked({(partition.topic, partition.number) for partition in partitions})
 
     # -- polling
 
     def _poll(self) -> None:
-        with self._lock:
-            busy = bool(self._dirty) or any(ledger.pending for ledger in self._ledgers.values())
         batches: defaultdict[Partition, list[Message]] = defaultdict(list)
-        for message in take(self._consumer, POLL_RECORDS, BUSY_POLL_S if busy else IDLE_POLL_S):
+        for message in take(self._consumer, POLL_RECORDS, BUSY_POLL_S if self._ledgers.busy else IDLE_POLL_S):
             batches[place(message)[0]].append(message)
         self._polled_at = time.monotonic()
-        assigned = _partitions(self._consumer.assignment())
+        assigned = partitions_of(self._consumer.assignment())
         for partition in batches.keys() & assigned:  # one may have been revoked while the batch was being taken
             self._hand_out(partition, batches[partition])
         self._commit_if_due()
@@ -207,14 +197,12 @@ class PollThread:
 
     def _hand_out(self, partition: Partition, messages: list[Message]) -> None:
         entries = [self._entry(message) for message in messages]
-        ledger = self._ledgers.get(partition) or self._open_ledger(partition, int(entries[0].position[2]))
-        with self._lock:
-            self._ledgers[partition] = ledger
-            fresh = [entry for entry in entries if ledger.deliver(int(entry.position[2]))]
-        if fresh:
+        if partition not in self._ledgers:
+            self._ledgers.open(partition, self._saved_ledger(partition, int(entries[0].position[2])))
+        if fresh := self._ledgers.deliver(partition, entries):
             self._sink.arrived(fresh)
 
-    def _open_ledger(self, partition: Partition, first_offset: int) -> Ledger:
+    def _saved_ledger(self, partition: Partition, first_offset: int) -> Ledger:
         (committed,) = sound(self._consumer.committed([TopicPartition(*partition)], REQUEST_TIMEOUT_S))
         if committed.offset < 0:
             return Ledger(first_offset)
@@ -233,50 +221,35 @@ class PollThread:
 
     def _commit_if_due(self) -> None:
         now = time.monotonic()
-        with self._lock:
-            flushing = bool(self._flushes)
-            due = bool(self._dirty) and now - self._committed_at >= COMMIT_INTERVAL_S
-            offsets = self._take_dirty() if due and not flushing else []
-        if flushing:
+        if self._flushes:
             self._commit_all()
-        elif offsets:
+        elif now - self._committed_at >= COMMIT_INTERVAL_S and (offsets := self._ledgers.take_unsaved()):
             self._committed_at = now
             self._consumer.commit(offsets=offsets, asynchronous=True)
 
     def _commit_all(self) -> None:
         """Commit every partition and wait for the broker."""
-        with self._lock:
-            self._dirty |= self._ledgers.keys()
-            offsets = self._take_dirty()
-            flushes, self._flushes = self._flushes, []
+        waiting = len(self._flushes)  # what is finished when one comes later may not be among these offsets
+        offsets = self._ledgers.take_all()
         try:
             if offsets:
                 sound(self._consumer.commit(offsets=offsets, asynchronous=False))
-            _answer(flushes, None)
+            self._answer_flushes(None, waiting)
         except KafkaException as error:
-            self._commit_again(offsets)
-            _answer(flushes, QueueUnavailable(f"Kafka did not commit: {error}"))
+            self._ledgers.save_again(offsets)
+            self._answer_flushes(QueueUnavailable(f"Kafka did not commit: {error}"), waiting)
 
     def _committed(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
         """Called by the library within a poll: what was not committed is tried again with the next commit."""
-        self._commit_again(offset for offset in offsets if error is not None or offset.error is not None)
+        self._ledgers.save_again(offset for offset in offsets if error is not None or offset.error is not None)
 
-    def _commit_again(self, offsets: Iterable[TopicPartition]) -> None:
-        failed = _partitions(offsets)
-        with self._lock:
-            self._dirty |= failed & self._ledgers.keys()
-
-    def _take_dirty(self) -> list[TopicPartition]:
-        offsets = self._offsets(self._dirty)
-        self._dirty.clear()
-        return offsets
-
-    def _offsets(self, partitions: set[Partition]) -> list[TopicPartition]:
-        return [
-            TopicPartition(*partition, ledger.watermark, metadata=ledger.metadata())
-            for partition, ledger in self._ledgers.items()
-            if partition in partitions
-        ]
+    def _answer_flushes(self, failure: QueueUnavailable | None, most: int | None = None) -> None:
+        for _ in range(len(self._flushes) if most is None else most):
+            done = self._flushes.popleft()
+            if failure is None:
+                done.set_result(None)
+            else:
+                done.set_exception(failure)
 
     def _apply_pauses(self, assigned: set[Partition]) -> None:
         full = assigned if self.full else set()
@@ -285,21 +258,3 @@ class PollThread:
         if resume := [TopicPartition(*partition) for partition in self._paused - full]:
             self._consumer.resume(resume)
         self._paused = full
-
-    def _forget(self, partitions: set[Partition]) -> None:
-        with self._lock:
-            self._dirty -= partitions
-            for partition in partitions:
-                self._ledgers.pop(partition, None)
-
-
-def _partitions(offsets: Iterable[TopicPartition]) -> set[Partition]:
-    return {Partition(offset.topic, offset.partition) for offset in offsets}
-
-
-def _answer(flushes: list[Future[None]], failure: QueueUnavailable | None) -> None:
-    for done in flushes:
-        if failure is None:
-            done.set_result(None)
-        else:
-            done.set_exception(failure)

@@ -9,28 +9,25 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import redis.asyncio
 import structlog
 
 from penstock.queue.backlog import write_backlog
 from penstock.queue.errors import (
-    DeadlineExceeded,
-    EngineFailed,
-    PenstockError,
     StoreUnavailable,
     StreamInterrupted,
     TransientError,
 )
 from penstock.queue.mailbox import Mailbox
-from penstock.queue.messages import TERMINAL, Event, EventKind, Finish, Frame, Stage, StreamError, decode_events
+from penstock.queue.messages import Event, EventKind, Stage, decode_events
 from penstock.queue.protocol import RequestQueue
-from penstock.queue.records import now_ms
 from penstock.queue.registry import LEASE_S, Registry
 from penstock.queue.settings import RedisSettings
 from penstock.queue.token_log import Dispatched, DispatchStatus, RequestLog, emitted_tokens
 from penstock.workers.books import Books
+from penstock.workers.endings import Endings
 from penstock.workers.errand import Errand
 from penstock.workers.pull import OUTAGE_PAUSE_S
 from penstock.workers.routing import Router
@@ -68,11 +65,10 @@ class Dispatcher:
         self._log = RequestLog(client, settings)
         self._registry = Registry(client, settings)
         self._mailbox = Mailbox(client, settings, f"dispatcher:{uuid.uuid4().hex}")
-        self._workers = workers
         self._pool = pool
         self._router = Router(workers)
         self._books = Books(queue, self._router)
-        self._uncompleted: list[Errand] = []
+        self._endings = Endings(queue, self._log, self._books, workers.max_attempts)
         self._judging_from = 0.0
         self._in_doubt = False
 
@@ -93,8 +89,8 @@ class Dispatcher:
             await self._books.placeable.wait()
             self._books.placeable.clear()
             try:
-                await self._expire(list(self._books.waiting.values()))
-                await self._condemn(list(self._books.waiting.values()))
+                await self._endings.expire(list(self._books.waiting.values()))
+                await self._endings.condemn(list(self._books.waiting.values()))
                 placed = self._books.place()
                 self._books.puller.look()
                 await self._dispatch(placed)
@@ -133,9 +129,9 @@ class Dispatcher:
 
     async def _refused(self, errand: Errand, answer: Dispatched) -> None:
         if answer.status is DispatchStatus.DONE:
-            await self._complete([errand])
+            await self._endings.complete([errand])
         elif answer.status is DispatchStatus.CANCELLED:
-            await self._end(errand, Frame(TERMINAL, [], finish=Finish.ABORT))
+            await self._endings.abort(errand)
         elif answer.status is DispatchStatus.EMITTED:
             await self._go_on(errand, answer)
         else:
@@ -148,7 +144,7 @@ class Dispatcher:
         if answer.deaths != errand.deaths:
             errand.suspect(answer.deaths)
         if len(errand.emitted) != answer.next:
-            await self._fail(errand, StreamInterrupted(TRUNCATED))
+            await self._endings.fail(errand, StreamInterrupted(TRUNCATED))
         else:
             self._books.wait(errand)
 
@@ -181,7 +177,8 @@ class Dispatcher:
 
     async def _handle(self, events: list[Event]) -> None:
         known = [(errand, event) for event in events if (errand := self._books.errands.get(event.id)) is not None]
-        await self._complete(await self._ended([errand for errand, event in known if event.kind is EventKind.DONE]))
+        done = [errand for errand, event in known if event.kind is EventKind.DONE]
+        await self._endings.complete(await self._ended(done))
         for errand, event in known:
             if not errand.ended and errand.target:
                 self._moved(errand, event)
@@ -262,8 +259,8 @@ class Dispatcher:
         ours = [replica for replica in alive.values() if replica.pool == self._pool]
         self._router.refresh(ours, keep=not self._judging)
         await self._leave_the_gone()
-        await self._expire(list(self._books.errands.values()))
-        await self._complete(self._uncompleted)
+        await self._endings.expire(list(self._books.errands.values()))
+        await self._endings.complete_late()
         self._books.look()
 
     async def _leave_the_gone(self) -> None:
@@ -276,50 +273,3 @@ class Dispatcher:
             errand.force = not ran_there  # its prefill replica computes for nobody, or its decode replica waits for it
             died = ran_there and replica_id not in departed
             self._again(errand, f"replica {replica_id} {'died' if died else 'is gone'}", deaths=int(died))
-
-    async def _expire(self, errands: Iterable[Errand]) -> None:
-        now = now_ms()
-        for errand in errands:
-            if errand.record.expired(now) and not errand.ended:
-                await self._fail(errand, DeadlineExceeded("the request's deadline passed before it finished"))
-
-    # -- ends
-
-    async def _condemn(self, errands: Iterable[Errand]) -> None:
-        """Give up on what too many replicas died or failed with."""
-        for errand in errands:
-            if errand.deaths >= self._workers.max_attempts:
-                await self._give_up(errand)
-
-    async def _give_up(self, errand: Errand) -> None:
-        error = EngineFailed(f"{errand.deaths} replicas died while running this request")
-        for delivery in errand.deliveries:
-            await self._queue.dead_letter(delivery, str(error))
-        await self._log.finish([(errand.id, errand.record.reply_to, _frame(error))])
-        self._books.forget(errand)
-
-    async def _fail(self, errand: Errand, error: PenstockError) -> None:
-        log.warning("request_failed", request_id=errand.id, code=error.code, error=str(error))
-        await self._end(errand, _frame(error))
-
-    async def _end(self, errand: Errand, frame: Frame) -> None:
-        await self._log.finish([(errand.id, errand.record.reply_to, frame)])
-        await self._complete([errand])
-
-    async def _complete(self, errands: Sequence[Errand]) -> None:
-        """Finish in the queue what has its end in the log. If the broker is away, later."""
-        if not errands:
-            return
-        for errand in errands:
-            self._books.forget(errand)
-        try:
-            await self._queue.complete([delivery for errand in errands for delivery in errand.deliveries])
-            self._uncompleted = [errand for errand in self._uncompleted if errand not in errands]
-        except TransientError as error:
-            log.warning("completion_delayed", error=str(error), requests=len(errands))
-            self._uncompleted += [errand for errand in errands if errand not in self._uncompleted]
-
-
-def _frame(error: PenstockError) -> Frame:
-    wire = StreamError(error.code, str(error), error.status, retryable=isinstance(error, TransientError))
-    return Frame(TERMINAL, [], finish=Finish.ERROR, error=wire)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import base64
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from penstock.queue.local.process import ServerError, ServerProcess, free_port
+from penstock.queue.local.process import Server, ServerError, ServerProcess, Startable, free_port, listens
 
 KAFKA_VERSION = "4.1.0"
 CACHE = Path("~/.cache/penstock").expanduser() / f"kafka-{KAFKA_VERSION}"
@@ -24,8 +21,6 @@ MAVEN_TIMEOUT_S = 600.0
 """Fetching the jars takes seconds from a near mirror; a slow link gets ten minutes."""
 FORMAT_TIMEOUT_S = 60.0
 """Formatting the data folder is one short JVM run."""
-CONNECT_TIMEOUT_S = 1.0
-"""A port on loopback accepts or refuses at once."""
 _JVM_FLAGS = ("-Xmx384m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xshare:auto")
 
 
@@ -72,7 +67,7 @@ class Quorum:
         return min(3, len(self.controllers))
 
 
-class KafkaBroker:
+class KafkaBroker(Server):
     """``with KafkaBroker(folder) as broker: broker.bootstrap``; data and log live in ``folder`` and survive a
     restart.
 
@@ -98,7 +93,6 @@ class KafkaBroker:
         self._advertised = advertised or self.port
         self._quorum = quorum or Quorum()
         self._jars = jars
-        self.process: ServerProcess | None = None
 
     def start(self) -> None:
         """Start and wait until it accepts connections (2-3 s). Raises :class:`ServerError` with the end of its log."""
@@ -106,26 +100,7 @@ class KafkaBroker:
         if not (self.folder / "data" / "meta.properties").exists():
             self._format(properties)
         self.process = ServerProcess([*self._java(), "kafka.Kafka", properties], self.folder / "kafka.log")
-        self.process.start(self._accepts)
-
-    def stop(self) -> None:
-        """Stop in good order. Idempotent."""
-        if self.process is not None:
-            self.process.stop()
-
-    def kill(self) -> None:
-        """Kill it as a crash would; :meth:`start` brings it back on the same port with its data."""
-        if self.process is not None:
-            self.process.kill()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+        self.process.start(lambda: listens(self.port))
 
     def _java(self) -> list[str]:
         java = _need("java", "a Java runtime, 17 or later (apt install openjdk-17-jre-headless)")
@@ -170,15 +145,8 @@ class KafkaBroker:
         if done.returncode:
             raise ServerError(f"Kafka could not format {self.folder}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
-    def _accepts(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), CONNECT_TIMEOUT_S):
-                return True
-        except OSError:
-            return False
 
-
-class KafkaCluster:
+class KafkaCluster(Startable):
     """``with KafkaCluster(folder) as cluster: cluster.bootstrap``; each of ``brokers`` can be killed by itself."""
 
     def __init__(self, folder: Path, *, nodes: int = 3, jars: Path = CACHE) -> None:
@@ -197,15 +165,6 @@ class KafkaCluster:
         """Stop all in good order, side by side. Idempotent."""
         with ThreadPoolExecutor(len(self.brokers)) as pool:
             list(pool.map(KafkaBroker.stop, self.brokers))
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
 
 def _need(program: str, what: str) -> str:

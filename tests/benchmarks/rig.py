@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 import msgspec
 import redis
 
-from penstock.queue.local.process import ServerProcess
+from penstock.queue.local.process import ServerProcess, Startable
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.redis_client import connect
 from penstock.queue.settings import RedisSettings
@@ -44,7 +44,7 @@ class Taken(NamedTuple):
     cpu_s: dict[str, float]
 
 
-class Rig:
+class Rig(Startable):
     """``with Rig(folder, replicas) as rig: rig.measure(["32", ...])``."""
 
     def __init__(self, folder: Path, replicas: int) -> None:
@@ -52,19 +52,6 @@ class Rig:
         self._replicas = replicas
         self.redis = RedisServer(folder / "redis")
         self._parts: dict[str, ServerProcess] = {}
-
-    def __enter__(self) -> Self:
-        try:
-            self._start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def stop(self) -> None:
         """Stop what was started, last started first."""
@@ -100,7 +87,7 @@ class Rig:
                 raise RigError(f"{name} ended: see {self._log(name)}")
         return Taken(answer, spent | {"client": answer["cpu_s"]})
 
-    def _start(self) -> None:
+    def start(self) -> None:
         self.redis.start()
         self._run("dispatcher", "penstock.serving.cli", "dispatcher")
         for number, first in enumerate(range(0, self._replicas, HOSTS_A_PROCESS)):

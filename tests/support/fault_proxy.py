@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from penstock.queue.local.process import ServerError, ServerProcess, free_port
+from penstock.queue.local.process import Server, ServerError, ServerProcess, free_port
 
 VERSION = "v2.5.0"
 CACHE = Path("~/.cache/penstock").expanduser() / f"toxiproxy-{VERSION}"
@@ -40,7 +40,7 @@ def toxiproxy(folder: Path = CACHE) -> Path:
     return binary
 
 
-class FaultProxy:
+class FaultProxy(Server):
     """Clients connect to ``port`` instead of the target, and what they meet can be changed while they are connected."""
 
     def __init__(self, folder: Path, target_port: int) -> None:
@@ -48,20 +48,14 @@ class FaultProxy:
         self._target = target_port
         self._api = f"http://127.0.0.1:{free_port()}"
         self._log = folder / "toxiproxy.log"
-        self._process: ServerProcess | None = None
 
     def start(self) -> None:
         """Start it with an open way to the target."""
         port = self._api.rpartition(":")[2]
-        self._process = ServerProcess([toxiproxy(), "-host", "127.0.0.1", "-port", port], self._log)
-        self._process.start(self._answers)
+        self.process = ServerProcess([toxiproxy(), "-host", "127.0.0.1", "-port", port], self._log)
+        self.process.start(self._answers)
         listen, upstream = f"127.0.0.1:{self.port}", f"127.0.0.1:{self._target}"
         self._call("POST", "/proxies", {"name": "p", "listen": listen, "upstream": upstream, "enabled": True})
-
-    def stop(self) -> None:
-        """Close everything. Idempotent."""
-        if self._process is not None:
-            self._process.stop()
 
     def delay(self, latency_ms: int, jitter_ms: int) -> None:
         """Hold back every packet in both directions."""

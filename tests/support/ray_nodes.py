@@ -11,12 +11,10 @@ import sys
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import psutil
 
-from penstock.queue.local.process import ServerError, ServerProcess, free_port
+from penstock.queue.local.process import ServerError, ServerProcess, Startable, free_port
 from penstock.queue.local.redis_server import RedisServer
 from tests.support.ray_node import HOST, STARTED
 from tests.support.waiting import eventually
@@ -26,7 +24,7 @@ START_S = 240.0
 START_TRIES = 6
 
 
-class RayNodes:
+class RayNodes(Startable):
     """``with RayNodes(folder, redis, environment) as ray: ray.address``; ``environment`` is that of all replicas."""
 
     def __init__(self, folder: Path, redis: RedisServer, environment: dict[str, str]) -> None:
@@ -116,19 +114,6 @@ class RayNodes:
         with suppress(psutil.NoSuchProcess):
             return list(psutil.Process(node.pid).children(recursive=True))
         return []
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
 
 def _title(process: psutil.Process) -> str:

@@ -6,23 +6,21 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
-from penstock.queue.local.process import ServerError, ServerProcess, free_port
+from penstock.queue.local.process import Server, ServerError, ServerProcess, free_port, listens
 
 BUILT = Path("~/.cache/penstock/bin/versitygw")
 KEY, SECRET = "penstock", "penstock-secret"
 
 
-class S3Server:
+class S3Server(Server):
     """``start``, then use :attr:`storage_options` with ``s3://BUCKET``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._port = free_port()
-        self.process: ServerProcess | None = None
 
     @property
     def storage_options(self) -> dict[str, Any]:
@@ -39,7 +37,7 @@ class S3Server:
         (self._folder / "root").mkdir(parents=True, exist_ok=True)
         words = [binary, "--access", KEY, "--secret", SECRET, "--port", f"127.0.0.1:{self._port}", "posix"]
         self.process = ServerProcess([*words, self._folder / "root"], self._folder / "s3.log")
-        self.process.start(self._listens)
+        self.process.start(lambda: listens(self._port))
 
     def make_bucket(self, name: str) -> str:
         """A fresh bucket's URL: to this server a folder is one."""
@@ -50,12 +48,3 @@ class S3Server:
         """What is in a bucket, uploads under way included."""
         root = self._folder / "root" / bucket.removeprefix("s3://")
         return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-
-    def stop(self) -> None:
-        """Stop it. Idempotent."""
-        if self.process is not None:
-            self.process.stop()
-
-    def _listens(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self._port)) == 0

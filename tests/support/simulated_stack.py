@@ -14,15 +14,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self, cast
+from typing import cast
 
 import httpx
 import redis
 from msgspec.msgpack import decode
 
 from penstock.queue.local.kafka_broker import KafkaBroker, KafkaCluster
-from penstock.queue.local.process import ServerProcess, free_port
+from penstock.queue.local.process import ServerProcess, Startable, free_port
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.redis_client import connect
 from penstock.queue.registry import Replica
@@ -96,7 +95,7 @@ class Part:
         return self.process.pid
 
 
-class SimulatedStack:
+class SimulatedStack(Startable):
     """``with SimulatedStack(folder, Shape()) as stack``: everything is up and every engine has its lease."""
 
     def __init__(self, folder: Path, shape: Shape) -> None:
@@ -186,19 +185,6 @@ class SimulatedStack:
         if self.kafka is not None:
             self.kafka.stop()
         self.redis.stop()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def add(self, kind: str, **settings: str) -> Part:
         """Start one more part, with settings of its own; does not wait for it."""
