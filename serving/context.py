@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from penstock.queue.errors import PenstockError
 from penstock.queue.messages import StreamError
-from penstock.queue.records import PriorityClass, new_request_id, now_ms
 from penstock.serving.durable.draws import Draws
 from penstock.serving.errors import stream_error
+from penstock.serving.request import ClientRequest
 
 
 @dataclass(slots=True)
@@ -54,48 +54,26 @@ class Seen(NamedTuple):
 NOTHING_SEEN = Seen()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestContext:
-    """One HTTP request. Times in ``_ms`` are wall-clock milliseconds since the epoch, ``body`` the original
-    bytes.
+    """A client's request, and how its answer is rendered this time."""
 
-    ``external_id`` is the client's ``X-Request-Id``, or the one the edge gave it; it need not be unique.
-    ``trace`` holds the W3C ``traceparent`` and ``tracestate`` where the client sent them.
-    """
-
-    tenant: str
-    key_id: str
-    priority_class: PriorityClass
-    external_id: str
-    deadline_ms: int
-    path: str
-    body: bytes = b""
-    model: str | None = None
-    stream: bool = False
-    tags: dict[str, str] = field(default_factory=dict)
-    trace: dict[str, str] = field(default_factory=dict)
+    request: ClientRequest
     outcome: Outcome = field(default_factory=Outcome)
-    stream_id: str = field(default_factory=new_request_id)
-    accepted_ms: int = field(default_factory=now_ms)
-    n: int = 1
-    """Answers a prompt."""
-    choices: int = 1
-    """Answers in all: engine requests this exchange makes."""
-    background: bool = False
-    """Nobody needs to wait for the answer."""
-    stored: bool = False
-    """The answer can be asked for again."""
     attach: bool = False
     """Rendered again, or for the first time elsewhere: the record may have been published."""
-    saved: Awaitable[None] | None = None
-    """To be waited for before anything is published: the request is being stored."""
-    grace_s: float | None = 0.0
-    """How long the generation goes on without its client; None: for ever."""
-    draws: Draws = field(default_factory=Draws)
-    """Where ids in the answer come from."""
-    pace: Pace = field(default_factory=Pace)
     skip: Seen | None = None
     """What the client has already; None: events are not numbered."""
+    grace_s: float | None = 0.0
+    """How long the generation goes on without its client; None: for ever."""
+    saved: Awaitable[None] | None = None
+    """To be waited for before anything is published: the request is being stored."""
+    pace: Pace = field(default_factory=Pace)
+    draws: Draws = field(init=False)
+    """Where ids in the answer come from: the same each time it is rendered."""
+
+    def __post_init__(self) -> None:
+        self.draws = Draws(self.request.stream_id, self.request.accepted_ms / 1000)
 
 
 _current: ContextVar[RequestContext] = ContextVar("penstock_request")

@@ -18,6 +18,7 @@ from penstock.queue.records import Record, pack_tokens, prefix_hashes
 from penstock.queue.settings import ModelSettings
 from penstock.serving.context import RequestContext
 from penstock.serving.errors import to_vllm_error
+from penstock.serving.request import COMPLETIONS
 
 INGRESS_ONLY = frozenset(
     {
@@ -26,8 +27,6 @@ INGRESS_ONLY = frozenset(
     }
 )  # fmt: skip
 """Sampling parameters that are used up at the ingress: fan-out, detokenization and stop strings happen there."""
-COMPLETIONS = "/v1/completions"
-"""The one path that takes several prompts."""
 TRANSFER_ARGS = frozenset({"kv_transfer_params", "ec_transfer_params"})
 """What a client must not say: they name KV blocks of an engine, which may be another tenant's."""
 
@@ -39,6 +38,7 @@ def to_record(request: EngineCoreRequest, context: RequestContext, model: ModelS
     """
     if request.sampling_params is None or request.prompt_token_ids is None or request.mm_features:
         raise to_vllm_error(InvalidRecord("only text prompts for generation are supported"))
+    asked = context.request
     prompt = pack_tokens(request.prompt_token_ids)
     hints = {"reasoning_ended": request.reasoning_ended, "reasoning_parser_kwargs": request.reasoning_parser_kwargs}
     return Record(
@@ -46,33 +46,34 @@ def to_record(request: EngineCoreRequest, context: RequestContext, model: ModelS
         model=model.served_name,
         pool=model.pool,
         release=model.release,
-        tenant=context.tenant,
-        priority_class=context.priority_class,
+        tenant=asked.tenant,
+        priority_class=asked.priority_class,
         num_tokens=len(request.prompt_token_ids),
         prompt=prompt,
         sampling=_sampling(request.sampling_params),
         reply_to=reply_to,
-        accepted_ms=context.accepted_ms,
-        deadline_ms=context.deadline_ms,
-        external_id=context.external_id,
-        tags=context.tags,
-        trace=context.trace,
-        prefix_hashes=prefix_hashes(prompt, f"{context.tenant}:{request.cache_salt or ''}"),
+        accepted_ms=asked.accepted_ms,
+        deadline_ms=asked.deadline_ms,
+        external_id=asked.external_id,
+        tags=asked.tags,
+        trace=asked.trace,
+        prefix_hashes=prefix_hashes(prompt, f"{asked.tenant}:{request.cache_salt or ''}"),
         cache_salt=request.cache_salt,
         hints={name: value for name, value in hints.items() if value is not None},
-        body=context.body,
+        body=asked.body,
     )
 
 
 def _record_id(request: EngineCoreRequest, context: RequestContext) -> str:
     """The same at each rendering: by prompt and choice. vLLM's id says which these are: ``[{choice}_]{external id}-…``,
     and the external id of a completion ends in ``-{prompt}``."""
+    asked = context.request
     external: str = request.external_req_id
     before, prompt = request.request_id.partition(external)[0], external.rpartition("-")[2]
     part = int(before[:-1]) if before else 0
-    if context.path == COMPLETIONS and context.choices > context.n and prompt.isdecimal():
-        part += int(prompt) * context.n
-    name = context.stream_id if context.choices == 1 else f"{context.stream_id}:{part}"
+    if asked.path == COMPLETIONS and asked.choices > asked.n and prompt.isdecimal():
+        part += int(prompt) * asked.n
+    name = asked.stream_id if asked.choices == 1 else f"{asked.stream_id}:{part}"
     again = context.draws.occurrence(part)
     return f"{name}+{again}" if again else name
 

@@ -11,10 +11,11 @@ from penstock.queue.records import now_ms
 from penstock.serving.batches.answers import Reply
 from penstock.serving.batches.direct import Direct
 from penstock.serving.batches.runner import LineRequest
+from penstock.serving.context import NOTHING_SEEN, RequestContext
 from penstock.serving.durable.bodies import for_handler
-from penstock.serving.durable.inner import Inner
-from penstock.serving.durable.requests import StoredRequest, context_of
-from penstock.serving.edge.intake import COMPLETIONS, count_prompts, read_n, read_peek
+from penstock.serving.durable.inner import Inner, attached
+from penstock.serving.edge.intake import count_prompts, read_n, read_peek
+from penstock.serving.request import COMPLETIONS, ClientRequest
 
 FRESH_S = 60.0
 """A line that nobody has asked for before is published and read without looking for an earlier run of it. If there was
@@ -33,11 +34,12 @@ class InnerBackend:
         """Publish, or attach to the run there is already, and wait for the whole answer."""
         asked = stored(request)
         if request.fresh:
+            fresh = RequestContext(asked, skip=NOTHING_SEEN, grace_s=None)
             with suppress(TimeoutError):
                 async with asyncio.timeout(FRESH_S):
-                    if (reply := await self._direct.respond(asked, context_of(asked, attach=False))) is not None:
+                    if (reply := await self._direct.respond(fresh)) is not None:
                         return reply
-        elif (reply := await self._direct.respond(asked, context_of(asked))) is not None:
+        elif (reply := await self._direct.respond(attached(asked))) is not None:
             return reply
         response = await self._inner.respond(asked)
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
@@ -49,11 +51,11 @@ class InnerBackend:
         await self._readers.cancel(ids, final=True)
 
 
-def stored(request: LineRequest) -> StoredRequest:
+def stored(request: LineRequest) -> ClientRequest:
     """The request as if a client had sent it. Raises :class:`RequestError` for a body it cannot have."""
     peek = read_peek(request.body)
     n = read_n(peek.n)
-    return StoredRequest(
+    return ClientRequest(
         stream_id=request.stream_id,
         tenant=request.tenant,
         key_id=request.key_id,

@@ -14,8 +14,8 @@ import msgspec
 
 from penstock.serving.batches.answers import Reply
 from penstock.serving.context import RequestContext, enter
-from penstock.serving.durable.requests import StoredRequest, scope_of
 from penstock.serving.edge.asgi import Scope
+from penstock.serving.request import ClientRequest, scope_of
 
 _decode = msgspec.json.Decoder().decode
 
@@ -39,24 +39,25 @@ class Direct:
         self._app = app
         self._routes = _routes(app.state)
 
-    async def respond(self, stored: StoredRequest, context: RequestContext) -> Reply | None:
+    async def respond(self, context: RequestContext) -> Reply | None:
         """The answer; None where the application must be asked. Sets the context of the running task."""
-        route = self._routes.get(stored.path)
+        asked = context.request
+        route = self._routes.get(asked.path)
         if route is None:
             return None
         enter(context)
         try:
-            asked = route.request.model_validate(_decode(stored.body))
-            answer = await route.call(asked, self._request(self._scope(stored)))
+            parsed = route.request.model_validate(_decode(asked.body))
+            answer = await route.call(parsed, self._request(self._scope(asked)))
         except Exception:  # an error of any kind is rendered by the application
             return None
         if type(answer) is not route.answer or context.outcome.error is not None:
             return None
         body = answer.model_dump_json(by_alias=route.by_alias).encode()
-        return Reply(200, {"x-request-id": stored.external_id}, body)
+        return Reply(200, {"x-request-id": asked.external_id}, body)
 
-    def _scope(self, stored: StoredRequest) -> Scope:
-        return scope_of(stored, {"app": self._app, "state": {}})
+    def _scope(self, asked: ClientRequest) -> Scope:
+        return scope_of(asked, {"app": self._app, "state": {}})
 
 
 def _routes(state: Any) -> dict[str, _Route]:

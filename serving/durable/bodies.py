@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from penstock.serving.durable.store import RESPONSE_PREFIX
+from penstock.serving.request import RESPONSES
 
-RESPONSES = "/v1/responses"
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages"})
 """Paths whose POST generates."""
 

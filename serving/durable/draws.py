@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 import uuid
 from collections import Counter
 
@@ -17,13 +16,12 @@ class Draws:
 
     __slots__ = ("_drawn", "_engine_requests", "_seed", "seconds", "track")
 
-    def __init__(self, seed: str | None = None, seconds: float | None = None) -> None:
-        """By default one of a kind: for answers that are not rendered again."""
-        self._seed = uuid.uuid4().hex if seed is None else seed
+    def __init__(self, seed: str, seconds: float) -> None:
+        self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._engine_requests: Counter[int] = Counter()
         self.track = 0
-        self.seconds = time.time() if seconds is None else seconds
+        self.seconds = seconds
         """What the clock shows to whoever stamps the answer: the time of acceptance."""
 
     def uuid4(self) -> uuid.UUID:

@@ -15,11 +15,11 @@ from penstock.queue.readers import Progress, Readers
 from penstock.serving.context import RequestContext
 from penstock.serving.durable.bodies import as_stream, following, previous_response
 from penstock.serving.durable.inner import Inner
-from penstock.serving.durable.requests import StoredRequest
 from penstock.serving.durable.store import RESPONSE_PREFIX, RequestStore
 from penstock.serving.edge.asgi import Send, send_json
 from penstock.serving.edge.event_ids import STREAM_HEADER
 from penstock.serving.errors import NotFound
+from penstock.serving.request import ClientRequest
 
 Object = dict[str, Any]
 
@@ -32,7 +32,7 @@ class Responses:
         self._store = store
         self._readers = readers
 
-    async def prepare(self, stored: StoredRequest, body: bytes) -> StoredRequest:
+    async def prepare(self, stored: ClientRequest, body: bytes) -> ClientRequest:
         """The request with the conversation it follows before its own input.
 
         Raises:
@@ -48,17 +48,18 @@ class Responses:
             raise RequestError(f"previous_response_id: {name} has not ended yet.")
         return msgspec.structs.replace(stored, body=following(stored.body, earlier.body, response["output"]))
 
-    async def begin(self, stored: StoredRequest, context: RequestContext, send: Send) -> None:
+    async def begin(self, context: RequestContext, send: Send) -> None:
         """Start a background response and answer with its object."""
-        refused = await self._inner.accepted(stored, context)
+        refused = await self._inner.accepted(context)
         if refused is not None:
             await send({"type": "http.response.start", "status": refused.status, "headers": refused.headers})
             await send({"type": "http.response.body", "body": refused.body, "more_body": False})
         else:
+            stored = context.request
             name = (STREAM_HEADER, stored.stream_id.encode())
             await send_json(send, 200, msgspec.json.encode(await self.retrieve(stored)), [name])
 
-    async def retrieve(self, stored: StoredRequest) -> Object:
+    async def retrieve(self, stored: ClientRequest) -> Object:
         """The response object as it is now. Raises :class:`NotFound` where there is nothing that could be shown."""
         (progress,) = await self._readers.progress([stored.stream_id])
         again = msgspec.structs.replace(stored, body=as_stream(stored.body), stream=True, background=True)
@@ -68,20 +69,20 @@ class Responses:
             response = await self._first(again) | {"status": _status(progress)}
         return response | {"background": stored.background}
 
-    async def cancel(self, stored: StoredRequest) -> Object:
+    async def cancel(self, stored: ClientRequest) -> Object:
         """Stop it for good; what has ended stays as it is."""
         (progress,) = await self._readers.progress([stored.stream_id])
         if not progress.done:
             await self._readers.cancel(stored.record_ids, final=True)
         return await self.retrieve(stored)
 
-    async def delete(self, stored: StoredRequest) -> Object:
+    async def delete(self, stored: ClientRequest) -> Object:
         """Stop and forget it."""
         await self._readers.cancel(stored.record_ids, final=True)
         await self._store.delete(stored)
         return {"id": RESPONSE_PREFIX + stored.stream_id, "object": "response", "deleted": True}
 
-    async def _first(self, stored: StoredRequest) -> Object:
+    async def _first(self, stored: ClientRequest) -> Object:
         """The object of ``response.created``, which comes before the engine is asked for anything."""
         events = self._inner.events(stored)
         try:
@@ -91,7 +92,7 @@ class Responses:
             await events.aclose()  # type: ignore[attr-defined]
         raise NotFound("The response cannot be shown.")
 
-    async def _last(self, stored: StoredRequest) -> Object:
+    async def _last(self, stored: ClientRequest) -> Object:
         response: Object = {}
         error: Object | None = None
         async for event in self._inner.events(stored):

@@ -18,8 +18,8 @@ import redis.asyncio
 from penstock.queue.redis_client import store_errors
 from penstock.queue.scripts import script
 from penstock.queue.settings import RedisSettings
-from penstock.serving.durable.requests import StoredRequest
 from penstock.serving.errors import IdempotencyKeyReused, NotFound
+from penstock.serving.request import ClientRequest
 
 COMPRESS_BYTES = 4096
 """Prompts are text and shrink to a third; below this size the time is not worth the space."""
@@ -32,7 +32,7 @@ RESPONSE_PREFIX = "resp_"
 """Before the stream id: the id of a response."""
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(StoredRequest)
+_decoder = msgspec.msgpack.Decoder(ClientRequest)
 
 
 class RequestStore:
@@ -45,11 +45,11 @@ class RequestStore:
         self._retention_s = settings.retention_s
         self._claim = client.register_script(script("claim"))
 
-    async def save(self, stored: StoredRequest) -> None:
+    async def save(self, stored: ClientRequest) -> None:
         """Keep it under its stream id. Raises :class:`StoreUnavailable`."""
         await self._put(stored, "", "")
 
-    async def claim(self, stored: StoredRequest, key: str, digest: str) -> StoredRequest | None:
+    async def claim(self, stored: ClientRequest, key: str, digest: str) -> ClientRequest | None:
         """Keep it, unless the tenant has used ``key`` before: then the request that was kept first.
 
         Raises:
@@ -66,7 +66,7 @@ class RequestStore:
             if (first := await self.load(stream_id)) is not None:
                 return first
 
-    async def release(self, stored: StoredRequest, key: str | None) -> None:
+    async def release(self, stored: ClientRequest, key: str | None) -> None:
         """Forget it: nothing was accepted, and the next request with this key is the first."""
         keys = [f"{self._ns}http:{stored.stream_id}", self._index(stored)]
         if key is not None:
@@ -74,13 +74,13 @@ class RequestStore:
         with store_errors():
             await self._client.delete(*keys)
 
-    async def load(self, stream_id: str) -> StoredRequest | None:
+    async def load(self, stream_id: str) -> ClientRequest | None:
         """The request of a stream, or None."""
         with store_errors():
             data = cast("bytes | None", await self._client.get(f"{self._ns}http:{stream_id}"))
         return None if data is None else _unpack(data)
 
-    async def find(self, tenant: str, name: str) -> StoredRequest:
+    async def find(self, tenant: str, name: str) -> ClientRequest:
         """The tenant's request by its stream id, its ``x-request-id``, or the id in its answer.
 
         Raises:
@@ -91,13 +91,13 @@ class RequestStore:
             raise NotFound(f"No stream {name!r}: unknown, or expired ({self._retention_s} s after its end).")
         return stored
 
-    async def delete(self, stored: StoredRequest) -> None:
+    async def delete(self, stored: ClientRequest) -> None:
         """Forget the request and its tokens."""
         keys = [f"{self._ns}http:{stored.stream_id}", *(f"{self._ns}tok:{id_}" for id_ in stored.record_ids)]
         with store_errors():
             await self._client.delete(*keys)
 
-    async def _by_external_id(self, tenant: str, name: str) -> StoredRequest | None:
+    async def _by_external_id(self, tenant: str, name: str) -> ClientRequest | None:
         names = [name, *(name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix))]
         with store_errors():
             keys = [f"{self._ns}http-id:{tenant}:{each}" for each in names]
@@ -105,14 +105,14 @@ class RequestStore:
         stream_id = next((each for each in found if each is not None), None)
         return None if stream_id is None else await self.load(stream_id.decode())
 
-    async def _put(self, stored: StoredRequest, key: str, digest: str) -> list[bytes]:
+    async def _put(self, stored: ClientRequest, key: str, digest: str) -> list[bytes]:
         data = await (asyncio.to_thread(_pack, stored) if len(stored.body) > THREAD_BYTES else _packed(stored))
         index = f"{stored.tenant}:{stored.external_id}"
         args = (self._ns, self._lifetime_ms, stored.stream_id, data, key, digest, index)
         with store_errors():
             return cast("list[bytes]", await self._claim(args=args))
 
-    def _index(self, stored: StoredRequest) -> str:
+    def _index(self, stored: ClientRequest) -> str:
         return f"{self._ns}http-id:{stored.tenant}:{stored.external_id}"
 
 
@@ -120,14 +120,14 @@ def _key(tenant: str, key: str) -> str:
     return f"{tenant}:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
-async def _packed(stored: StoredRequest) -> bytes:
+async def _packed(stored: ClientRequest) -> bytes:
     return _pack(stored)
 
 
-def _pack(stored: StoredRequest) -> bytes:
+def _pack(stored: ClientRequest) -> bytes:
     data = _encoder.encode(stored)
     return _PLAIN + data if len(data) < COMPRESS_BYTES else _DEFLATED + zlib.compress(data, 1)
 
 
-def _unpack(data: bytes) -> StoredRequest:
+def _unpack(data: bytes) -> ClientRequest:
     return _decoder.decode(data[1:] if data[:1] == _PLAIN else zlib.decompress(data[1:]))

@@ -21,6 +21,11 @@ def header(scope: Scope, name: bytes) -> str | None:
     return None
 
 
+def is_json(scope: Scope) -> bool:
+    """Whether the body says it is JSON. vLLM refuses other types in its own words."""
+    return (header(scope, b"content-type") or "").lower().startswith("application/json")
+
+
 def is_event_stream(start: Message) -> bool:
     """Whether a ``http.response.start`` opens a stream of server-sent events."""
     return any(

@@ -11,17 +11,19 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
+import msgspec
+
 from penstock.queue.errors import StoreUnavailable
 from penstock.serving.context import NOTHING_SEEN, RequestContext, Seen, current
-from penstock.serving.durable.bodies import GENERATING, RESPONSES, for_handler
+from penstock.serving.durable.bodies import GENERATING, for_handler
 from penstock.serving.durable.inner import render
-from penstock.serving.durable.requests import StoredRequest, context_of, digest_of
 from penstock.serving.durable.responses import Responses
 from penstock.serving.durable.store import RequestStore
-from penstock.serving.edge.asgi import App, Receive, Scope, Send, header
+from penstock.serving.edge.asgi import App, Receive, Scope, Send, header, is_json
 from penstock.serving.edge.event_ids import parse_event_id
-from penstock.serving.edge.exchange import exchange_of
+from penstock.serving.edge.exchange import Exchange, exchange_of
 from penstock.serving.errors import InvalidField, NotFound
+from penstock.serving.request import RESPONSES, ClientRequest, digest_of
 from penstock.serving.settings import IngressSettings
 
 EVENT_IDS = b"x-event-ids"
@@ -43,18 +45,18 @@ class Durable:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST" or scope["path"] not in GENERATING or not is_json(scope):
             return await self._app(scope, receive, send)
-        context, key = current(), idempotency_key(scope)
-        if key is None and not context.stored:
+        request, key = current().request, idempotency_key(scope)
+        if key is None and not request.resumable:
             return await self._app(scope, receive, send)
-        stored = self._stored(context, scope, keyed=key is not None)
+        stored = self._stored(request, keyed=key is not None)
         if stored.path == RESPONSES:
-            stored = await self._responses.prepare(stored, context.body)
+            stored = await self._responses.prepare(stored, request.body)
         if key is not None:
-            return await self._once(stored, key, digest_of(stored.path, context.body), scope, receive, send)
+            return await self._once(stored, key, digest_of(request.path, request.body), scope, receive, send)
         return await self._run(stored, None, self._saving(stored), scope, receive, send)
 
     async def _once(
-        self, stored: StoredRequest, key: str, digest: str, scope: Scope, receive: Receive, send: Send
+        self, stored: ClientRequest, key: str, digest: str, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Run it, or give the answer of the first request with this key, wherever that one is."""
         skip = parse_event_id(header(scope, b"last-event-id") or "")
@@ -68,7 +70,7 @@ class Durable:
 
     async def _run(
         self,
-        stored: StoredRequest,
+        stored: ClientRequest,
         key: str | None,
         saved: asyncio.Task[None] | None,
         scope: Scope,
@@ -76,62 +78,41 @@ class Durable:
         send: Send,
     ) -> None:
         exchange = exchange_of(scope)
-        context = context_of(
-            stored,
-            attach=False,
-            skip=None if header(scope, EVENT_IDS) == "none" else NOTHING_SEEN,
-            saved=saved,
-            grace_s=self._grace_s(stored),
-            outcome=exchange.outcome,
-        )
+        context = self._context(stored, exchange, None if header(scope, EVENT_IDS) == "none" else NOTHING_SEEN)
+        context.saved = saved
         try:
             if stored.background and not stored.stream:
-                await self._responses.begin(stored, context, send)
+                await self._responses.begin(context, send)
             else:
-                await render(self._app, stored, context, scope, receive, send)
+                await render(self._app, context, scope, receive, send)
         finally:
             error = exchange.outcome.error
             failed_before_start = error is not None and error.retryable and exchange.status >= 500
             if not exchange.outcome.accepted.is_set() or failed_before_start:
                 self._start(self._forget(stored, key, saved))
 
-    async def render_again(self, stored: StoredRequest, skip: Seen, scope: Scope, receive: Receive, send: Send) -> None:
+    async def render_again(self, stored: ClientRequest, skip: Seen, scope: Scope, receive: Receive, send: Send) -> None:
         """The answer of a request that was accepted before, without the events the client has."""
         exchange = exchange_of(scope)
         exchange.speak_for(stored.path)
         exchange.priority_class, exchange.model = stored.priority_class, stored.model
-        context = context_of(stored, skip=skip, grace_s=self._grace_s(stored), outcome=exchange.outcome)
-        await render(self._app, stored, context, scope, receive, send)
+        context = self._context(stored, exchange, skip)
+        context.attach = True
+        await render(self._app, context, scope, receive, send)
 
-    def _stored(self, context: RequestContext, scope: Scope, *, keyed: bool) -> StoredRequest:
-        return StoredRequest(
-            stream_id=context.stream_id,
-            tenant=context.tenant,
-            key_id=context.key_id,
-            path=context.path,
-            body=for_handler(context.path, context.body, context.stream_id, background=context.background),
-            content_type=header(scope, b"content-type") or "",
-            external_id=context.external_id,
-            priority_class=context.priority_class,
-            accepted_ms=context.accepted_ms,
-            deadline_ms=context.deadline_ms,
-            stream=context.stream,
-            background=context.background,
-            model=context.model,
-            keyed=keyed,
-            n=context.n,
-            choices=context.choices,
-            tags=context.tags,
-            trace=context.trace,
-        )
+    @staticmethod
+    def _stored(request: ClientRequest, *, keyed: bool) -> ClientRequest:
+        body = for_handler(request.path, request.body, request.stream_id, background=request.background)
+        return msgspec.structs.replace(request, body=body, keyed=keyed)
 
-    def _grace_s(self, stored: StoredRequest) -> float:
-        return self._settings.keyed_grace_s if stored.keyed else self._settings.resume_grace_s
+    def _context(self, stored: ClientRequest, exchange: Exchange, skip: Seen | None) -> RequestContext:
+        grace_s = self._settings.keyed_grace_s if stored.keyed else self._settings.resume_grace_s
+        return RequestContext(stored, exchange.outcome, skip=skip, grace_s=None if stored.background else grace_s)
 
-    def _saving(self, stored: StoredRequest) -> asyncio.Task[None]:
+    def _saving(self, stored: ClientRequest) -> asyncio.Task[None]:
         return self._start(self._store.save(stored))
 
-    async def _forget(self, stored: StoredRequest, key: str | None, saved: asyncio.Task[None] | None) -> None:
+    async def _forget(self, stored: ClientRequest, key: str | None, saved: asyncio.Task[None] | None) -> None:
         """Nothing was accepted: the next request with this key is the first. If Redis is away, it expires."""
         if saved is not None:
             await asyncio.wait({saved})
@@ -148,11 +129,6 @@ class Durable:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # whoever waits for it is told; a request refused meanwhile needs nothing stored
-
-
-def is_json(scope: Scope) -> bool:
-    """Whether the body says it is JSON. vLLM refuses other types in its own words."""
-    return (header(scope, b"content-type") or "").lower().startswith("application/json")
 
 
 def idempotency_key(scope: Scope) -> str | None:

@@ -57,11 +57,11 @@ class EventIds:
             nonlocal stream
             if message["type"] == "http.response.start":
                 if message["status"] < 400:
-                    name = (STREAM_HEADER, context.stream_id.encode())
+                    name = (STREAM_HEADER, context.request.stream_id.encode())
                     message["headers"] = with_headers(list(message["headers"]), [name])
                 if is_event_stream(message):
-                    stream = _Stream(send, _Numbering(context.choices, seen))
-                    if context.choices == context.n:  # several generators would flush for one another
+                    stream = _Stream(send, _Numbering(context.request.choices, seen))
+                    if context.request.choices == context.request.n:  # several generators would flush for one another
                         context.pace.before_waiting = stream.flush
                 await send(message)
             elif stream is None:

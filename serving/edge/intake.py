@@ -16,10 +16,11 @@ import msgspec
 from penstock.queue.errors import RequestError
 from penstock.queue.records import PriorityClass, now_ms
 from penstock.serving.context import RequestContext, enter
-from penstock.serving.edge.asgi import App, Receive, Scope, Send, header
+from penstock.serving.edge.asgi import App, Receive, Scope, Send, header, is_json
 from penstock.serving.edge.body import DisconnectedError, read_body, replay
 from penstock.serving.edge.exchange import Exchange, exchange_of
 from penstock.serving.errors import InvalidField
+from penstock.serving.request import COMPLETIONS, RESPONSES, ClientRequest
 from penstock.serving.settings import IngressSettings
 
 TIERS = {
@@ -29,8 +30,6 @@ TIERS = {
     "standard_only": PriorityClass.STANDARD,
     "flex": PriorityClass.BATCH,
 }
-COMPLETIONS = "/v1/completions"
-RESPONSES = "/v1/responses"
 MAX_TAGS = 16
 """OpenAI's limits for ``metadata``: 16 pairs, keys of 64 and values of 512 characters."""
 MAX_TAG_KEY = 64
@@ -73,17 +72,17 @@ class Intake:
             body = await read_body(scope, receive, self._settings.max_body_bytes)
         except DisconnectedError:
             return None
-        context = self._context(scope, exchange, body)
-        exchange.priority_class, exchange.model = context.priority_class, context.model
-        enter(context)
+        request = self._request(scope, exchange, body)
+        exchange.priority_class, exchange.model = request.priority_class, request.model
+        enter(RequestContext(request, exchange.outcome))
         return await self._app(scope, replay(body, receive), send)
 
-    def _context(self, scope: Scope, exchange: Exchange, body: bytes) -> RequestContext:
-        peek = read_peek(body) if _is_json(scope) else Peek()  # vLLM refuses other types in its own words
+    def _request(self, scope: Scope, exchange: Exchange, body: bytes) -> ClientRequest:
+        peek = read_peek(body) if is_json(scope) else Peek()  # vLLM refuses other types in its own words
         priority_class = read_tier(peek.service_tier)
         n = read_n(peek.n)
         assert exchange.caller is not None
-        return RequestContext(
+        return ClientRequest(
             tenant=exchange.caller.tenant,
             key_id=exchange.caller.id,
             priority_class=priority_class,
@@ -91,24 +90,20 @@ class Intake:
             deadline_ms=now_ms() + self._patience_ms(scope, priority_class, bool(peek.stream)),
             path=scope["path"],
             body=body,
+            content_type=header(scope, b"content-type") or "",
             model=peek.model,
             stream=bool(peek.stream),
             tags=read_tags(peek.metadata),
             trace=read_trace(scope),
-            outcome=exchange.outcome,
             n=n,
             choices=n * count_prompts(peek.prompt) if scope["path"] == COMPLETIONS else n,
             background=bool(peek.background) and scope["path"] == RESPONSES,
-            stored=bool(peek.stream) or (scope["path"] == RESPONSES and peek.store is not False),
+            store=peek.store is not False,
         )
 
     def _patience_ms(self, scope: Scope, priority_class: PriorityClass, stream: bool) -> int:
         limit = self._settings.deadline_s[priority_class] * 1000
         return min(limit, asked_ms(scope, stream) or limit)
-
-
-def _is_json(scope: Scope) -> bool:
-    return (header(scope, b"content-type") or "").lower().startswith("application/json")
 
 
 def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:

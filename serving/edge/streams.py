@@ -13,8 +13,7 @@ import msgspec
 
 from penstock.queue.readers import Readers
 from penstock.serving.context import Seen
-from penstock.serving.durable.bodies import RESPONSES, as_stream
-from penstock.serving.durable.requests import StoredRequest
+from penstock.serving.durable.bodies import as_stream
 from penstock.serving.durable.responses import Responses
 from penstock.serving.durable.store import RequestStore
 from penstock.serving.edge.asgi import App, Receive, Scope, Send, header, send_json
@@ -22,6 +21,7 @@ from penstock.serving.edge.durable import Durable
 from penstock.serving.edge.event_ids import parse_event_id
 from penstock.serving.edge.exchange import exchange_of
 from penstock.serving.errors import InvalidField, NotFound
+from penstock.serving.request import RESPONSES, ClientRequest
 
 RESPONSES_PREFIX = "/v1/responses/"
 STREAMS_PREFIX = "/v1/streams/"
@@ -78,7 +78,7 @@ class Streams:
         else:
             raise NotFound(f"Unknown path: {scope['method']} {scope['path']}")
 
-    async def _retrieve(self, stored: StoredRequest, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _retrieve(self, stored: ClientRequest, scope: Scope, receive: Receive, send: Send) -> None:
         if stored.path != RESPONSES:
             raise NotFound(f"Stream {stored.stream_id} is no response.")
         if _query(scope, "stream") != "true":
@@ -89,7 +89,7 @@ class Streams:
         stream = msgspec.structs.replace(stored, body=as_stream(stored.body), stream=True)
         return await self._durable.render_again(stream, Seen((int(after) + 1,)), scope, receive, send)
 
-    def _find(self, scope: Scope, name: str) -> Awaitable[StoredRequest]:
+    def _find(self, scope: Scope, name: str) -> Awaitable[ClientRequest]:
         caller = exchange_of(scope).caller
         assert caller is not None
         return self._store.find(caller.tenant, name)

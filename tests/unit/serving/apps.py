@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable
 
 from penstock.queue.errors import StoreUnavailable
 from penstock.serving import context
-from penstock.serving.context import RequestContext
 from penstock.serving.edge.asgi import Message, Receive, Scope, Send, send_json
+from penstock.serving.request import ClientRequest
 from penstock.serving.tenants import KeyInfo, KeyStore, Lookup
 
 EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -18,7 +18,7 @@ class Recorder:
     """Answers 200 and keeps what reached it."""
 
     def __init__(self) -> None:
-        self.contexts: list[RequestContext] = []
+        self.requests: list[ClientRequest] = []
         self.bodies: list[bytes] = []
         self.scopes: list[Scope] = []
         self.after_body: list[Message] = []
@@ -26,13 +26,13 @@ class Recorder:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scopes.append(scope)
         if scope["method"] == "POST":
-            self.contexts.append(context.current())
+            self.requests.append(context.current().request)
             self.bodies.append((await receive())["body"])
         await send_json(send, 200, b"{}")
 
     @property
-    def seen(self) -> RequestContext:
-        return self.contexts[-1]
+    def seen(self) -> ClientRequest:
+        return self.requests[-1]
 
 
 class WaitForDisconnect:

@@ -8,8 +8,8 @@ import pytest
 
 from penstock.serving.durable.bodies import as_stream, following, for_handler, previous_response
 from penstock.serving.durable.draws import Draws
-from penstock.serving.durable.requests import digest_of
 from penstock.serving.edge.intake import count_prompts, read_n, read_peek
+from penstock.serving.request import digest_of
 
 pytestmark = pytest.mark.unit
 
@@ -34,10 +34,6 @@ def test_draws_of_a_choice_do_not_depend_on_the_others() -> None:
         found.append((track, two.uuid4()))
     assert sorted(seen, key=str) == sorted(found, key=str)
     assert len({drawn for _, drawn in seen}) == 5
-
-
-def test_draws_by_default_are_one_of_a_kind() -> None:
-    assert Draws().uuid4() != Draws().uuid4()
 
 
 def test_only_responses_are_changed() -> None:

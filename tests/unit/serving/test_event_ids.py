@@ -14,6 +14,7 @@ from penstock.queue.records import PriorityClass
 from penstock.serving.context import RequestContext, Seen, enter
 from penstock.serving.edge.event_ids import EventIds, parse_event_id
 from penstock.serving.errors import InvalidField
+from penstock.serving.request import ClientRequest
 from tests.unit.serving.apps import Recorder, Streaming
 from tests.unit.serving.asgi_client import Reply, get
 
@@ -45,9 +46,18 @@ async def rendered(chunks: list[bytes], choices: int, seen: Seen | None) -> Repl
 
 
 def _context(choices: int, skip: Seen | None) -> RequestContext:
-    return RequestContext(
-        "acme", "k", PriorityClass.STANDARD, "x", 0, "/v1/completions", stream_id="s1", choices=choices, skip=skip
+    request = ClientRequest(
+        tenant="acme",
+        key_id="k",
+        path="/v1/completions",
+        body=b"{}",
+        external_id="x",
+        priority_class=PriorityClass.STANDARD,
+        deadline_ms=0,
+        stream_id="s1",
+        choices=choices,
     )
+    return RequestContext(request, skip=skip)
 
 
 async def test_each_event_with_data_gets_its_ordinal_in_its_own_block() -> None:

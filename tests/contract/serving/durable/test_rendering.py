@@ -19,8 +19,8 @@ from penstock.queue.records import PriorityClass, new_request_id, now_ms
 from penstock.queue.redis_client import connect, connect_async
 from penstock.queue.token_log import Append, AppendStatus, Dispatch, RequestLog, TokenWriter
 from penstock.serving.durable.bodies import for_handler
-from penstock.serving.durable.requests import StoredRequest
 from penstock.serving.durable.store import RequestStore
+from penstock.serving.request import ClientRequest
 from penstock.workers.demo_model import demo_model_path
 from tests.contract.serving.durable.test_resume import again
 from tests.support.simulated_stack import MODEL, SimulatedStack
@@ -37,11 +37,11 @@ CALLS = (
 )
 
 
-def kept(path: str, body: dict[str, Any], choices: int = 1) -> StoredRequest:
+def kept(path: str, body: dict[str, Any], choices: int = 1) -> ClientRequest:
     stream_id = new_request_id()
     question = {"messages": [{"role": "user", "content": "?"}]} if path != "/v1/responses" else {"input": "?"}
     whole = {"model": MODEL, "stream": True, "max_tokens": 500} | question | body
-    return StoredRequest(
+    return ClientRequest(
         stream_id=stream_id,
         tenant="default",
         key_id="open",
@@ -79,7 +79,7 @@ def _logprobs(token: int, width: int) -> Logprobs:
     return Logprobs(width, ids.tobytes(), values.tobytes(), array("i", [1]).tobytes())
 
 
-async def write(stack: SimulatedStack, stored: StoredRequest, logs: list[list[Frame]]) -> None:
+async def write(stack: SimulatedStack, stored: ClientRequest, logs: list[list[Frame]]) -> None:
     settings = stack.redis_settings
     async with connect_async(settings) as client:
         await RequestStore(client, settings).save(stored)
@@ -97,7 +97,7 @@ async def write(stack: SimulatedStack, stored: StoredRequest, logs: list[list[Fr
         writer.close()
 
 
-def the_same_everywhere(stack: SimulatedStack, http: httpx.Client, stored: StoredRequest) -> list[dict[str, Any]]:
+def the_same_everywhere(stack: SimulatedStack, http: httpx.Client, stored: ClientRequest) -> list[dict[str, Any]]:
     """Render it whole and from every event on, at both ingresses in turn; what its events hold."""
     whole = again(http, stack.urls[0], stored.stream_id)
     assert whole.status == 200, whole.body

@@ -13,15 +13,15 @@ from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.records import PriorityClass, new_request_id
 from penstock.queue.redis_client import connect_async
 from penstock.queue.settings import RedisSettings
-from penstock.serving.durable.requests import StoredRequest
 from penstock.serving.durable.store import RequestStore
 from penstock.serving.errors import IdempotencyKeyReused, NotFound
+from penstock.serving.request import ClientRequest
 
 pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
 
 
-def request(tenant: str = "acme", body: bytes = b"{}") -> StoredRequest:
-    return StoredRequest(
+def request(tenant: str = "acme", body: bytes = b"{}") -> ClientRequest:
+    return ClientRequest(
         stream_id=new_request_id(),
         tenant=tenant,
         key_id="k",
