@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import redis.asyncio
 import structlog
 import uvicorn
+import uvloop
 
 from penstock.queue.factory import open_queue
 from penstock.queue.logs import configure_logging
@@ -184,8 +185,6 @@ def main() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ |= FORCED_ENVIRONMENT
-    import uvloop
-
     with suppress(KeyboardInterrupt):
         uvloop.run(serve(IngressSettings(), QueueSettings(), RedisSettings(), ModelSettings()))
 

@@ -8,6 +8,7 @@ import signal
 from contextlib import suppress
 
 import structlog
+import uvloop
 
 from penstock.queue.factory import open_queue
 from penstock.queue.logs import configure_logging
@@ -48,4 +49,4 @@ async def _until_signalled() -> None:
 def main() -> None:
     """``penstock dispatcher``."""
     configure_logging("dispatcher")
-    asyncio.run(_until_signalled())
+    uvloop.run(_until_signalled())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import httpx
 import pytest
 
 from penstock.queue.local.kafka_broker import KafkaBroker
-from penstock.queue.local.process import ServerProcess, free_port
+from penstock.queue.local.process import Server, ServerProcess, free_port
 from penstock.queue.local.redis_server import RedisServer
 from penstock.workers.demo_model import demo_model_path
 from tests.contract.servers import start
@@ -26,6 +28,9 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
 START_TIMEOUT_S = 300
 BACK_S = 60
 """Kafka's restart, and the clients' reconnection after their back-off."""
+
+
+Away = Callable[[Server], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -90,27 +95,34 @@ def test_not_ready_without_engines(lonely: Lonely) -> None:
     assert _missing(lonely.url) == {"engine"}
 
 
-def test_broker_away(lonely: Lonely) -> None:
+@contextmanager
+def dead(server: Server) -> Iterator[None]:
+    """Connections are refused."""
+    server.kill()
+    yield
+    server.start()
+
+
+@contextmanager
+def silent(server: Server) -> Iterator[None]:
+    """Connections stand, and nobody answers on them."""
+    assert server.process is not None
+    os.kill(server.process.pid, signal.SIGSTOP)
+    yield
+    os.kill(server.process.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("away", [dead, silent])
+@pytest.mark.parametrize(("part", "code"), [("queue", "queue_unavailable"), ("redis", "store_unavailable")])
+def test_away(lonely: Lonely, away: Away, part: str, code: str) -> None:
     """503 with Retry-After, and what the broker may have stored all the same is marked as cancelled."""
-    lonely.kafka.kill()
-    answer = httpx.post(f"{lonely.url}/v1/chat/completions", json=CHAT, timeout=60)
-    assert answer.status_code == 503
-    assert int(answer.headers["retry-after"]) >= 1
-    assert answer.json()["error"]["code"] == "queue_unavailable"
-    assert "queue" in _missing(lonely.url)
-    lonely.kafka.start()
-    eventually(lambda: "queue" not in _missing(lonely.url), BACK_S, "the queue is back")
-
-
-def test_redis_away(lonely: Lonely) -> None:
-    lonely.redis.kill()
-    answer = httpx.post(f"{lonely.url}/v1/chat/completions", json=CHAT, timeout=60)
-    assert answer.status_code == 503
-    assert int(answer.headers["retry-after"]) >= 1
-    assert answer.json()["error"]["code"] == "store_unavailable"
-    assert "redis" in _missing(lonely.url)
-    lonely.redis.start()
-    eventually(lambda: "redis" not in _missing(lonely.url), BACK_S, "Redis is back")
+    with away(lonely.kafka if part == "queue" else lonely.redis):
+        answer = httpx.post(f"{lonely.url}/v1/chat/completions", json=CHAT, timeout=60)
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["code"] == code
+        assert part in _missing(lonely.url)
+    eventually(lambda: part not in _missing(lonely.url), BACK_S, "it is back")
 
 
 def test_keys(lonely: Lonely) -> None:
