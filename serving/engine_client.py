@@ -39,7 +39,7 @@ from penstock.serving.context import Outcome, RequestContext, current
 from penstock.serving.durable.leaving import Leaving
 from penstock.serving.errors import to_vllm_error
 from penstock.serving.output_queue import OutputQueue
-from penstock.serving.translation import to_record, to_vllm_output, without_end
+from penstock.serving.translation import to_record, to_vllm_output, without_cached, without_end
 
 REVIVE_RETRY_S = 1.0
 """Redis or the broker are away: the client waits, and so do we."""
@@ -155,7 +155,10 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         if stream.output.full:
             self._reader.pause(item.id)
             stream.output.call_when_low(partial(self._reader.resume, item.id))
-        return to_vllm_output(item.id, frame, None if frame.usage is None else stream.started)
+        if frame.usage is None:
+            return to_vllm_output(item.id, frame, None)
+        several = stream.context.request.choices > 1
+        return to_vllm_output(item.id, without_cached(frame) if several else frame, stream.started)
 
     async def _revive(self, local: str, stream: _Stream, frame: Frame, position: int) -> None:
         """It was parked because nobody read it, and here is a reader: let it go on. A cancellation that was asked for

@@ -83,6 +83,13 @@ def without_end(frame: Frame) -> Frame:
     return msgspec.structs.replace(frame, finish=None, stop_reason=None)
 
 
+def without_cached(frame: Frame) -> Frame:
+    """Nothing of its prompt came from a cache, as far as it says. vLLM reports what the first of several choices to
+    arrive had cached, and an answer must be the same each time it is rendered."""
+    usage = None if frame.usage is None else Usage(frame.usage.prompt_tokens)
+    return msgspec.structs.replace(frame, usage=usage)
+
+
 def _sampling(params: SamplingParams) -> dict[str, Any]:
     """Parameters by name, without defaults and without what is used up here."""
     by_name = cast("dict[str, Any]", msgspec.to_builtins(params))

@@ -11,6 +11,7 @@ from array import array
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from tokenizers import Tokenizer
 
@@ -150,6 +151,21 @@ def test_usage(stack: SimulatedStack, http: httpx.Client) -> None:
     asyncio.run(write(stack, stored, [frames]))
     documents = the_same_everywhere(stack, http, stored)
     assert documents[-1]["usage"]["completion_tokens"] == len(frames)
+
+
+@pytest.mark.parametrize(("choices", "told"), [(1, 32), (3, 0)])
+def test_cached_tokens_do_not_depend_on_who_is_first(
+    stack: SimulatedStack, http: httpx.Client, choices: int, told: int
+) -> None:
+    body = {"n": choices, "temperature": 1.0, "stream_options": {"include_usage": True}}
+    stored = kept("/v1/chat/completions", body, choices)
+    logs = [frames_of("Three of a kind.") for _ in range(choices)]
+    for choice, frames in enumerate(logs):
+        frames[0] = msgspec.structs.replace(frames[0], usage=Usage(64, 32 - 16 * choice))
+    asyncio.run(write(stack, stored, logs))
+    for url in stack.urls * 3:
+        last = again(http, url, stored.stream_id).events[-2].partition(b"data: ")[2]
+        assert json.loads(last)["usage"]["prompt_tokens_details"]["cached_tokens"] == told
 
 
 def test_responses_and_messages(stack: SimulatedStack, http: httpx.Client) -> None:
