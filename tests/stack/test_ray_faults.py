@@ -19,17 +19,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from penstock.queue.local.process import ServerProcess
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.redis_client import connect_async
 from penstock.queue.registry import Registry, Replica
 from penstock.queue.settings import QueueSettings, RedisSettings
 from penstock.workers.demo_model import demo_model_path
-from tests.chaos.load import Load
+from tests.chaos.load import Audit, Load, quantile
 from tests.chaos.round import VOCABULARY, mixed_sampling
+from tests.support.ray_node import DONE
 from tests.support.ray_nodes import START_S, RayNodes
 from tests.support.simulated_stack import LIMITS, MODEL, STEPS
-from tests.support.waiting import eventually, eventually_async
+from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.stack,
@@ -54,12 +54,17 @@ class Running:
     ray: RayNodes
     redis: RedisSettings
 
-    def deploy(self, **changes: str) -> ServerProcess:
-        """Deploy it, or deploy it again with these settings; the process ends when that is done."""
-        words = [f"{name}={value}" for name, value in changes.items()]
-        process = self.ray.process("deploy", "-m", "tests.support.deploy_app", *words)
+    def serve(self, command: str, **changes: str) -> None:
+        """Have Serve's client deploy the application, with these settings, or wait until it runs as it should."""
+        words = [command, *(f"{name}={value}" for name, value in changes.items())]
+        log = self.ray.folder / f"{command}.log"
+        process = self.ray.process(command, "-m", "tests.support.serve_app", *words)
         process.start(lambda: process.alive)
-        return process
+        try:
+            eventually(lambda: not process.alive, START_S, f"{command} is done; see {log}")
+        finally:
+            process.kill()
+        assert log.read_text().splitlines()[-1] == DONE, f"see {log}"
 
     async def replicas(self) -> dict[str, Replica]:
         """Engines with a lease, by id."""
@@ -88,15 +93,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     }
     with redis, RayNodes(folder, redis, environment) as ray:
         application = Running(ray, RedisSettings(url=redis.url))
-        deployed(application.deploy(), folder)
+        application.serve("deploy")
+        assert not ray.on_head()
         yield application
-
-
-def deployed(process: ServerProcess, folder: Path) -> None:
-    try:
-        eventually(lambda: not process.alive, START_S, f"the application is deployed; see {folder}/deploy.log")
-    finally:
-        process.kill()
 
 
 @asynccontextmanager
@@ -126,7 +125,19 @@ async def steady(running: Running) -> AsyncIterator[Load]:
         assert not tally.errors
         assert (tally.lost, tally.repeated, tally.altered) == (0, 0, 0)
         assert tally.finished == tally.accepted > STREAMS
-        assert not (await load.audit()).wrong
+        audit = await load.audit()
+        assert not audit.wrong
+        _say(load, audit)
+
+
+def _say(load: Load, audit: Audit) -> None:
+    """What the streams saw, for whoever reads along (``-s``)."""
+    gaps = [stream.gap_s for stream in load.streams.values()]
+    print(
+        f"\n{load.tally.accepted} requests, {audit.reexecuted:.1%} on more than one replica; longest silence in a "
+        f"stream p50 {quantile(gaps, 0.5):.2f} s, p95 {quantile(gaps, 0.95):.2f} s, max {max(gaps):.2f} s; "
+        f"first token at most {max(stream.first_s for stream in load.streams.values()):.2f} s"
+    )
 
 
 async def test_serve_controller_dies(running: Running) -> None:
@@ -137,12 +148,9 @@ async def test_serve_controller_dies(running: Running) -> None:
     async with steady(running) as load:
         running.ray.kill_controller()
         await load.progressed(2 * STREAMS * TOKENS)
-        await eventually_async(lambda: _another(running, first), ENDED_S, "Serve has another controller")
+        await asyncio.to_thread(running.serve, "settled")
+    assert running.ray.controller() not in (0, first)
     assert (await running.replicas()).keys() == before.keys()
-
-
-async def _another(running: Running, first: int) -> bool:
-    return running.ray.controller() not in (0, first)
 
 
 async def test_head_dies(running: Running) -> None:
@@ -151,9 +159,10 @@ async def test_head_dies(running: Running) -> None:
     async with steady(running) as load:
         await asyncio.to_thread(running.ray.kill_head)
         await load.progressed(4 * STREAMS * TOKENS)
+        assert not running.ray.controller()
         await asyncio.to_thread(running.ray.start_head)
+        await asyncio.to_thread(running.serve, "settled")
         await load.progressed(STREAMS * TOKENS)
-        await eventually_async(lambda: _another(running, 0), ENDED_S, "Serve has a controller")
     assert (await running.replicas()).keys() == before.keys()
 
 
@@ -161,8 +170,7 @@ async def test_rolling_update(running: Running) -> None:
     """[I1, I2, I5] Serve replaces every replica by one with other settings, while all of them work."""
     before = await running.replicas()
     async with steady(running):
-        process = running.deploy(PENSTOCK_WORKERS_SHORT_PROMPT_TOKENS="16")
-        await asyncio.to_thread(deployed, process, running.ray.folder)
+        await asyncio.to_thread(running.serve, "deploy", PENSTOCK_WORKERS_SHORT_PROMPT_TOKENS="16")
     after = await running.replicas()
     assert len(after) == ENGINES
     assert not after.keys() & before.keys()

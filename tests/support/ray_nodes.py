@@ -22,6 +22,8 @@ from tests.support.waiting import eventually
 START_S = 240.0
 """A node is up in ten seconds, and in minutes on a machine that is doing other things."""
 START_TRIES = 6
+CONTROLLER, REPLICA = "ray::ServeController", "ray::ServeReplica"
+"""As Ray names the processes."""
 
 
 class RayNodes(Startable):
@@ -33,6 +35,7 @@ class RayNodes(Startable):
         self.address = f"{HOST}:{self.port}"
         self.environment = environment | {
             "RAY_ADDRESS": self.address,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else a driver takes the machine's outer address for loopback
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": uuid.uuid4().hex,
             "RAY_REDIS_ADDRESS": f"{HOST}:{redis.port}",
@@ -91,8 +94,13 @@ class RayNodes(Startable):
         os.kill(self.controller(), signal.SIGKILL)
 
     def controller(self) -> int:
-        """Process id of Serve's controller; 0 when there is none."""
-        return next((one.pid for one in self._tree(self.head) if "ServeController" in _title(one)), 0)
+        """Process id of Serve's controller; 0 when there is none. After a loss of the head it may be on the other."""
+        found = [one.pid for node in (self.head, self.worker) for one in self._tree(node) if CONTROLLER in _title(one)]
+        return next(iter(found), 0)
+
+    def on_head(self) -> list[str]:
+        """Replicas that the loss of the head would take along."""
+        return [_title(one) for one in self._tree(self.head) if REPLICA in _title(one)]
 
     def stop(self) -> None:
         """End both nodes and all that runs on them."""
