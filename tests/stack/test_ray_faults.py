@@ -2,8 +2,6 @@
 
 Engines are simulated, so that there are many streams and every token is known; Ray, Serve and Redis are real. The head
 of the Ray is a node of its own with nothing of ours on it, and keeps its state in Redis.
-
-Asked for by ``PENSTOCK_RAY_FAULTS=1``: two nodes of Ray start only where cores are free.
 """
 
 from __future__ import annotations
@@ -32,12 +30,7 @@ from tests.support.ray_nodes import START_S, RayNodes
 from tests.support.simulated_stack import LIMITS, MODEL, STEPS
 from tests.support.waiting import eventually, eventually_async
 
-pytestmark = [
-    pytest.mark.stack,
-    pytest.mark.asyncio,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(os.environ.get("PENSTOCK_RAY_FAULTS") != "1", reason="asked for by PENSTOCK_RAY_FAULTS=1"),
-]
+pytestmark = [pytest.mark.stack, pytest.mark.asyncio, pytest.mark.timeout(900)]
 
 STREAMS = 16
 TOKENS = 192
