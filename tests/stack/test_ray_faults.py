@@ -171,12 +171,37 @@ async def test_head_dies(running: Running) -> None:
     await running.still(before)
 
 
-async def test_rolling_update(running: Running) -> None:
-    """[I1, I2, I5] Serve replaces every replica by one with other settings, while all of them work."""
+@pytest.mark.parametrize("surge", [0, 50])
+async def test_rolling_update(running: Running, surge: int) -> None:
+    """[I1, I2, I5] Serve replaces every replica by one with other settings, while all of them work; the new ones first,
+    if it may."""
     before = await running.replicas()
-    async with steady(running):
-        await asyncio.to_thread(running.serve, "deploy", PENSTOCK_WORKERS_SHORT_PROMPT_TOKENS="16")
+    async with steady(running), taking_work(running) as counts:
+        await asyncio.to_thread(
+            running.serve,
+            "deploy",
+            PENSTOCK_WORKERS_SHORT_PROMPT_TOKENS=str(16 + surge),
+            PENSTOCK_WORKERS_UPDATE_SURGE_PERCENT=str(surge),
+        )
     after = await running.replicas()
     assert len(after) == ENGINES
     assert not after.keys() & before.keys()
     assert all(not psutil.pid_exists(replica.pid) for replica in before.values())
+    assert (min(counts) == ENGINES) == (surge > 0)
+
+
+@asynccontextmanager
+async def taking_work(running: Running) -> AsyncIterator[list[int]]:
+    """How many engines took new work, looked at again and again."""
+    counts: list[int] = []
+
+    async def count() -> bool:
+        counts.append(sum(not replica.draining for replica in (await running.replicas()).values()))
+        return False
+
+    counting = asyncio.create_task(eventually_async(count, START_S, "the update is over"))
+    try:
+        yield counts
+    finally:
+        counting.cancel()
+        await asyncio.gather(counting, return_exceptions=True)
