@@ -21,7 +21,7 @@ from tests.support.waiting import eventually
 
 START_S = 240.0
 """A node is up in ten seconds, and in minutes on a machine that is doing other things."""
-START_TRIES = 6
+START_TRIES = 10
 BYTECODE = Path("~/.cache/penstock/bytecode").expanduser()
 """A dozen interpreters import Ray. Installed without bytecode, and with none allowed beside it (as in many container
 images), each of them would compile it for 5 s instead of importing it in 2 s."""
@@ -71,7 +71,7 @@ class RayNodes(Startable):
         self._start(self.head, "head")
 
     def _start(self, node: ServerProcess, name: str) -> None:
-        """Ray gives its own processes a fixed 30 s to start, which a busy machine can exceed."""
+        """Ray gives its agents a fixed 15 s to name their ports, and itself 30 s, which a busy machine can exceed."""
         for _ in range(START_TRIES):
             if self._try(node, self.folder / f"{name}.log"):
                 return
