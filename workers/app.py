@@ -30,6 +30,10 @@ from penstock.workers.settings import WorkerSettings
 APPLICATION = "penstock"
 HEALTH_PERIOD_S = 2
 """How often Serve looks at a replica; a killed process it notices by itself."""
+DISPATCHER_CPUS = 0.1
+"""Not nothing: a head that is given no CPUs, so that its loss takes nothing along, gets whatever asks for none."""
+DISPATCHER_SURGE_PERCENT = 1
+"""Rounded up: an update starts one dispatcher before it ends another, so that there is always one."""
 DISPATCHER_GRACE_S = 10
 """A dispatcher has nothing to finish: it hands its deliveries to the others, which takes one call to the broker."""
 BEYOND_GRACE_S = 5
@@ -79,9 +83,10 @@ def build_app(queue: QueueSettings, redis: RedisSettings, model: ModelSettings, 
         DispatcherReplica,
         name="dispatcher",
         num_replicas=workers.dispatchers,
+        max_surge_percent=DISPATCHER_SURGE_PERCENT,
         health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=DISPATCHER_GRACE_S,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": DISPATCHER_CPUS},
     )
     return dispatcher.bind(queue, redis, model, workers, engines)
 
@@ -91,6 +96,7 @@ def _engines(role: str, count: int, redis: RedisSettings, model: ModelSettings, 
         EngineReplica,
         name=role,
         num_replicas=count,
+        max_surge_percent=workers.update_surge_percent,
         health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=workers.drain_grace_s + BEYOND_GRACE_S,
         ray_actor_options={
@@ -128,11 +134,11 @@ def run_local(temp_dir: str | None = None) -> None:
 
 
 def _start_ray(workers: WorkerSettings, temp_dir: str | None) -> None:
-    replicas = workers.prefill + workers.decode + workers.mixed
+    engines = workers.cpus_per_replica * (workers.prefill + workers.decode + workers.mixed)
     for attempt in range(1, RAY_START_TRIES + 1):
         try:
             ray.init(
-                num_cpus=max(1, math.ceil(workers.cpus_per_replica * replicas)),
+                num_cpus=math.ceil(engines + DISPATCHER_CPUS * workers.dispatchers),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=temp_dir,

@@ -42,6 +42,12 @@ class WorkerSettings(Section):
     drain_grace_s: float = Field(
         default=25, ge=0, description="Time a replica that is told to end gets to finish what it runs."
     )
+    update_surge_percent: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="Percent of a role, rounded up, that an update starts before it ends old ones.",
+    )
     nixl_progress_delay_us: int = Field(
         default=1000, ge=0, description="Pause of NIXL's progress thread; 0 spins a core: only with cores to spare."
     )

@@ -13,6 +13,8 @@ OBJECT_STORE_BYTES = 80 * 1024 * 1024
 """Ray's minimum, nearly."""
 HOST = "127.0.0.1"
 STARTED = "node is up"
+DONE = "done"
+"""What a node says, and a client of Serve (``serve_app``)."""
 
 
 def main(role: str, port: int, temp_dir: str) -> None:

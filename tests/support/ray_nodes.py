@@ -21,7 +21,12 @@ from tests.support.waiting import eventually
 
 START_S = 240.0
 """A node is up in ten seconds, and in minutes on a machine that is doing other things."""
-START_TRIES = 6
+START_TRIES = 10
+BYTECODE = Path("~/.cache/penstock/bytecode").expanduser()
+"""A dozen interpreters import Ray. Installed without bytecode, and with none allowed beside it (as in many container
+images), each of them would compile it for 5 s instead of importing it in 2 s."""
+CONTROLLER, REPLICA = "ray::ServeController", "ray::ServeReplica"
+"""As Ray names the processes."""
 
 
 class RayNodes(Startable):
@@ -33,6 +38,7 @@ class RayNodes(Startable):
         self.address = f"{HOST}:{self.port}"
         self.environment = environment | {
             "RAY_ADDRESS": self.address,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else a driver takes the machine's outer address for loopback
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": uuid.uuid4().hex,
             "RAY_REDIS_ADDRESS": f"{HOST}:{redis.port}",
@@ -41,6 +47,8 @@ class RayNodes(Startable):
             "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
             "RAY_worker_niceness": "0",
             "PYTHONUNBUFFERED": "1",
+            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTHONPYCACHEPREFIX": str(BYTECODE),
         }
         self.head = self._node("head")
         self.worker = self._node("worker")
@@ -63,7 +71,7 @@ class RayNodes(Startable):
         self._start(self.head, "head")
 
     def _start(self, node: ServerProcess, name: str) -> None:
-        """Ray gives its own processes a fixed 30 s to start, which a busy machine can exceed."""
+        """Ray gives its agents a fixed 15 s to name their ports, and itself 30 s, which a busy machine can exceed."""
         for _ in range(START_TRIES):
             if self._try(node, self.folder / f"{name}.log"):
                 return
@@ -91,8 +99,13 @@ class RayNodes(Startable):
         os.kill(self.controller(), signal.SIGKILL)
 
     def controller(self) -> int:
-        """Process id of Serve's controller; 0 when there is none."""
-        return next((one.pid for one in self._tree(self.head) if "ServeController" in _title(one)), 0)
+        """Process id of Serve's controller; 0 when there is none. After a loss of the head it may be on the other."""
+        found = [one.pid for node in (self.head, self.worker) for one in self._tree(node) if CONTROLLER in _title(one)]
+        return next(iter(found), 0)
+
+    def on_head(self) -> list[str]:
+        """Replicas that the loss of the head would take along."""
+        return [_title(one) for one in self._tree(self.head) if REPLICA in _title(one)]
 
     def stop(self) -> None:
         """End both nodes and all that runs on them."""
@@ -118,5 +131,5 @@ class RayNodes(Startable):
 
 def _title(process: psutil.Process) -> str:
     with suppress(psutil.Error):
-        return " ".join(process.cmdline())
+        return " ".join(process.cmdline()).strip()
     return ""
