@@ -12,6 +12,10 @@ BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 PINS := requirements/cpu.txt requirements/overrides.txt requirements/constraints.txt pyproject.toml
 
+# With bytecode: each process imports vLLM or Ray, which takes 30 s of a core when they must be compiled first, and 12 when
+# not; and where PYTHONDONTWRITEBYTECODE is set, as in many container images, no process leaves any behind.
+INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode
+
 # Options of `make bench`; empty ones take the command's default.
 ROUNDS ?=
 CONTENDERS ?=
@@ -46,12 +50,12 @@ help:  ## this list
 $(READY): $(PINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade uv==0.13.8
-	$(BIN)/uv pip install --python $(BIN)/python --quiet --override requirements/overrides.txt \
+	$(INSTALL) --python $(BIN)/python --override requirements/overrides.txt \
 	  --constraint requirements/constraints.txt --requirement requirements/cpu.txt --editable .
 	touch $@
 
 $(DEV_READY): $(READY) requirements/dev.txt
-	$(BIN)/uv pip install --python $(BIN)/python --quiet --override requirements/overrides.txt \
+	$(INSTALL) --python $(BIN)/python --override requirements/overrides.txt \
 	  --constraint requirements/constraints.txt --requirement requirements/dev.txt
 	mkdir -p .links/penstock
 	for folder in queue workers serving; do ln -sfn ../../$$folder .links/penstock/$$folder; done
@@ -96,7 +100,7 @@ bench-report: $(DEV_READY)  ## write the newest results into docs/benchmarks.md,
 
 $(BENCH_READY): $(READY) $(wildcard requirements/bench-ray-llm*.txt)
 	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(BENCH_VENV)
-	$(BIN)/uv pip install --quiet --python $(BENCH_VENV)/bin/python \
+	$(INSTALL) --python $(BENCH_VENV)/bin/python \
 	  --override requirements/bench-ray-llm-overrides.txt --constraint requirements/bench-ray-llm-constraints.txt \
 	  --requirement requirements/bench-ray-llm.txt
 	touch $@

@@ -22,9 +22,6 @@ from tests.support.waiting import eventually
 START_S = 240.0
 """A node is up in ten seconds, and in minutes on a machine that is doing other things."""
 START_TRIES = 10
-BYTECODE = Path("~/.cache/penstock/bytecode").expanduser()
-"""A dozen interpreters import Ray. Installed without bytecode, and with none allowed beside it (as in many container
-images), each of them would compile it for 5 s instead of importing it in 2 s."""
 CONTROLLER, REPLICA = "ray::ServeController", "ray::ServeReplica"
 """As Ray names the processes."""
 
@@ -47,8 +44,6 @@ class RayNodes(Startable):
             "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
             "RAY_worker_niceness": "0",
             "PYTHONUNBUFFERED": "1",
-            "PYTHONDONTWRITEBYTECODE": "",
-            "PYTHONPYCACHEPREFIX": str(BYTECODE),
         }
         self.head = self._node("head")
         self.worker = self._node("worker")
