@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
@@ -25,7 +26,14 @@ from penstock.workers.metrics import EngineMetrics
 from penstock.workers.stream import Stream
 
 TRANSFER_POLL_S = 0.0005
-"""Pause between steps that run nothing because KV caches are in flight: lets the transfer threads have the GIL."""
+"""Pause between steps that run nothing, because a KV cache is being read or a grammar compiled: lets those threads have
+the interpreter."""
+SENT_POLL_S = 0.005
+"""The same where KV caches wait for others to read them: nobody here waits for that but the blocks, and each look costs
+a third of a millisecond, of a processor that the readers may want."""
+HAND_OFF_S = 0.00005
+"""Pause after a step's outputs, in which the writer thread wakes and has the interpreter. It would get it for certain
+only after Python's switch interval of 5 ms: the next step gives it up, but for moments that are too short."""
 STORE_RETRY_S = 0.1
 """Pause before a failed append is tried again. Redis restarts take longer; the steps made meanwhile are kept."""
 LOOK_S = 0.5
@@ -87,6 +95,7 @@ class EngineLoop:
         self._streams: dict[str, Stream] = {}
         self._unread: set[str] = set()
         self._seen_at = time.monotonic()
+        self._pause_s = 0.0
         self._threads = [
             Thread(target=fatal(self._run_engine), name="engine", daemon=True),
             Thread(target=fatal(self._run_writer), name="token-writer", daemon=True),
@@ -115,27 +124,24 @@ class EngineLoop:
     # -- engine thread
 
     def _run_engine(self) -> None:
-        engine, inbox = self._engine, self._inbox
-        while True:
-            if (not engine.has_work() or not inbox.empty()) and not self._take():
-                break
-            if engine.has_work():
+        while self._take():
+            if self._engine.has_work():
                 self._mistrust()
                 self._step()
         self._outbox.put(None)
-        engine.shutdown()
+        self._engine.shutdown()
 
     def _take(self) -> bool:
-        """Wait for one item, then take all there is. False: stop."""
-        while True:
-            item = self._inbox.get()
-            if not self._engine.has_work():
-                self._seen_at = time.monotonic()
-            if item is None:
-                return False
-            self._handle(item)
-            if self._inbox.empty():
-                return True
+        """Take all there is; wait for something while there is nothing better to do. False: stop."""
+        wait = self._pause_s if self._engine.has_work() else None
+        with suppress(Empty):
+            while (item := self._inbox.get(timeout=wait)) is not None:
+                if not self._engine.has_work():
+                    self._seen_at = time.monotonic()
+                self._handle(item)
+                wait = 0.0
+            return False
+        return True
 
     def _handle(self, item: Item) -> None:
         if isinstance(item, Admit):
@@ -190,12 +196,13 @@ class EngineLoop:
     def _step(self) -> None:
         started = time.perf_counter()
         outputs, executed = self._engine.step()
-        if outputs:
-            self._outbox.put([pair for output in outputs if (pair := self._route(output)) is not None])
         if executed:
             self._metrics.step(time.perf_counter() - started, outputs)
-        elif self._engine.has_work():
-            time.sleep(TRANSFER_POLL_S)
+        if outputs:
+            self._outbox.put([pair for output in outputs if (pair := self._route(output)) is not None])
+            time.sleep(HAND_OFF_S)
+        idle_s = TRANSFER_POLL_S if self._streams else SENT_POLL_S
+        self._pause_s = 0.0 if executed else idle_s
 
     def _route(self, output: Output) -> Produced | None:
         finished = output.finish is not None or output.error is not None
