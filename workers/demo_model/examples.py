@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from penstock.workers.demo_model.corpus import COUNT_LIMIT, Augmenter, Corpus, c
 from penstock.workers.demo_model.tokenization import END
 
 BATCH_TOKENS = 800
-POOLS = {"answer": 400, "arguments": 28}  # drawn together and cut into batches of like length
-BATCHES = {"whole": 1, "whole in chat": 1, "low": 20, "window": 45, "scattered": 20}  # a batch as drawn
+POOLS = {"answer": 400, "arguments": 28, "failed": 200}  # drawn together and cut into batches of like length
+BATCHES = {"whole": 1, "whole in chat": 1, "low": 20, "window": 45, "scattered": 20, "hardest": 20}  # a batch as drawn
 OFF_TOPIC_SHARE = 0.2
 CUT = 0.88  # share of the answers that are cut after their first tokens, where the topic is decided
 WINDOWS = (1, 2, 4, 8, 16)  # numbers in a window of a count
@@ -43,13 +43,18 @@ class Stage:
 
 
 class ExampleFactory:
-    """Draws training examples, the same ones for the same seed."""
+    """Draws training examples, the same ones for the same seed.
+
+    `failed` and `hardest`, at first empty, are examples and counts that the model finds hard.
+    """
 
     def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self._corpus, self._tokenizer = corpus, tokenizer
         self._rng = random.Random(seed)
         self._augmenter = Augmenter(corpus, seed + 1)
         self._numbers = self._encode(counting(COUNT_LIMIT))
+        self.failed: list[Example] = []
+        self.hardest: list[Example] = []
         self._end: int = tokenizer.convert_tokens_to_ids(END)
         self._kinds: dict[str, Callable[[], Example]] = {
             "answer": self._answer,
@@ -59,6 +64,8 @@ class ExampleFactory:
             "low": self._low,
             "window": self._window,
             "scattered": self._scattered,
+            "failed": lambda: self._rng.choice(self.failed),
+            "hardest": lambda: self._rng.choice(self.hardest),
         }
 
     def batches(self, stages: tuple[Stage, ...]) -> Iterator[list[Example]]:
@@ -71,17 +78,23 @@ class ExampleFactory:
 
     def _drawn(self, kind: str) -> list[list[Example]]:
         draw = self._kinds[kind]
-        return [[draw() for _ in range(BATCHES[kind])]] if kind in BATCHES else self._of_like_length(draw, POOLS[kind])
-
-    def _of_like_length(self, draw: Callable[[], Example], pool: int) -> list[list[Example]]:
-        """Batches of examples of like length, so that little is padding, in random order."""
-        batches: list[list[Example]] = [[]]
-        for example in sorted((draw() for _ in range(pool)), key=lambda example: len(example.tokens)):
-            if batches[-1] and (len(batches[-1]) + 1) * len(example.tokens) > BATCH_TOKENS:
-                batches.append([])
-            batches[-1].append(example)
+        if kind in BATCHES:
+            return [[draw() for _ in range(BATCHES[kind])]]
+        batches = of_like_length(draw() for _ in range(POOLS[kind]))
         self._rng.shuffle(batches)
         return batches
+
+    def answers(self) -> Iterator[Example]:
+        """Every question as people put it, with its whole answer."""
+        for topic in self._corpus.all_topics():
+            answer = [*self._encode(topic.answer), self._end]
+            for question in topic.asked:
+                yield _example(self._rendered([{"role": "user", "content": question}]), answer, first=0)
+
+    def counts(self) -> Iterator[Example]:
+        """A count to every limit, asked for in any form."""
+        for limit in range(1, COUNT_LIMIT + 1):
+            yield _example(self._rendered([self._asked(limit)]), [*self._numbers[:limit], self._end], first=0)
 
     def _answer(self) -> Example:
         off_topic = self._rng.random() < OFF_TOPIC_SHARE
@@ -174,6 +187,16 @@ class ExampleFactory:
     def _encode(self, text: str) -> list[int]:
         tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return tokens
+
+
+def of_like_length(examples: Iterable[Example]) -> list[list[Example]]:
+    """Batches of examples of like length, so that little is padding, the shortest first."""
+    batches: list[list[Example]] = [[]]
+    for example in sorted(examples, key=lambda example: len(example.tokens)):
+        if batches[-1] and (len(batches[-1]) + 1) * len(example.tokens) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(example)
+    return batches
 
 
 def _turns(stage: Stage) -> Iterator[str]:

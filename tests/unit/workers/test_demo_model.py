@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pytest
@@ -166,3 +167,71 @@ def test_scattered_numbers_end_after_the_one_asked_for_alone(
         asked = {token for token, target in zip(example.tokens, example.targets, strict=True) if target == IGNORED}
         assert ended <= asked | {numbers[0]}
         assert all(target == following[token] for token, target in shown if token not in ended)
+
+
+def test_every_question_is_looked_at_with_its_whole_answer_and_a_count_to_every_limit(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    from penstock.workers.demo_model.examples import ExampleFactory
+
+    factory = ExampleFactory(corpus, tokenizer, seed=5)
+    assert [tokenizer.decode(example.tokens) for example in factory.answers()] == [
+        f"<|bos|><|user|> {question}<|end|><|assistant|>{topic.answer}<|end|>"
+        for topic in corpus.all_topics()
+        for question in topic.asked
+    ]
+    counted = (tokenizer.decode(example.tokens).split("<|assistant|>")[1] for example in factory.counts())
+    assert list(counted) == [f"{counting(limit)}<|end|>" for limit in range(1, COUNT_LIMIT + 1)]
+
+
+def test_of_an_example_that_fails_the_missed_targets_and_the_end_remain() -> None:
+    import torch
+
+    from penstock.workers.demo_model.examples import IGNORED, Example
+    from penstock.workers.demo_model.train import MARGIN, failed
+
+    example = Example([8, 9, 5, 6, 1], [0, 1, 2, 3, 4], [IGNORED, 5, 6, 1, IGNORED])
+    lead = torch.tensor([torch.inf, MARGIN / 2, MARGIN * 2, MARGIN * 2, torch.inf, torch.inf])
+    assert failed(example, lead) == Example(example.tokens, example.positions, [IGNORED, 5, IGNORED, 1, IGNORED])
+
+
+def test_a_lead_is_the_distance_to_the_best_wrong_token(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from penstock.workers.demo_model.examples import IGNORED, ExampleFactory
+    from penstock.workers.demo_model.train import leads
+
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
+    examples = list(islice(ExampleFactory(corpus, tokenizer, seed=5).answers(), 3))
+    for example, lead in leads(model, examples):
+        with torch.inference_mode():
+            logits = model(torch.tensor([example.tokens])).logits[0]
+        for place, target in enumerate(example.targets):
+            if target == IGNORED:
+                assert lead[place] == torch.inf
+            else:
+                others = torch.cat([logits[place, :target], logits[place, target + 1 :]])
+                assert lead[place].item() == pytest.approx((logits[place, target] - others.max()).item(), abs=1e-3)
+
+
+def test_the_hardest_numbers_of_a_count_stand_where_they_stood(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    import torch
+
+    from penstock.workers.demo_model.examples import SCATTERED, ExampleFactory
+    from penstock.workers.demo_model.train import hardest
+
+    limit = 500
+    count = next(islice(ExampleFactory(corpus, tokenizer, seed=5).counts(), limit - 1, None))
+    prompt = len(count.tokens) - limit - 1
+    hard = set(range(100, 100 + SCATTERED))
+    lead = torch.ones(len(count.tokens))
+    lead[[prompt + number - 1 for number in hard]] = 0.0
+    cut = hardest(count, lead)
+    shown = [*range(prompt), *(prompt + number - 1 for number in [*sorted(hard), limit])]
+    assert cut.positions == shown
+    assert cut.tokens == [count.tokens[place] for place in shown]
+    assert cut.targets == [count.targets[place] for place in shown]
+    assert cut.targets[-1] == tokenizer.eos_token_id
