@@ -8,6 +8,7 @@ takes four to five.
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +21,7 @@ from penstock.queue.records import decode_record
 from penstock.queue.redis_client import store_errors
 from penstock.queue.settings import RedisSettings
 from penstock.workers.engine import Engine
-from penstock.workers.loop import Admit, Cancel, EngineLoop, GiveBack, Refuse
+from penstock.workers.loop import HAND_OFF_S, Admit, Cancel, EngineLoop, GiveBack, Refuse
 from penstock.workers.stream import Stream
 
 BLOCK_S = 2
@@ -56,6 +57,7 @@ class Inbox:
             try:
                 for entry in self._read():
                     self._receive(decode_inbound(entry))
+                time.sleep(HAND_OFF_S)  # before the next read, which takes the interpreter that the engine wants now
             except StoreUnavailable as error:
                 log.warning("inbox_unavailable", error=str(error))
                 self._stopped.wait(RETRY_S)
