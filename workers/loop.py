@@ -32,8 +32,8 @@ SENT_POLL_S = 0.005
 """The same where KV caches wait for others to read them: nobody here waits for that but the blocks, and each look costs
 a third of a millisecond, of a processor that the readers may want."""
 HAND_OFF_S = 0.00005
-"""Pause of a thread that has handed something on, in which the other one wakes and has the interpreter. It would get it
-for certain only after Python's switch interval of 5 ms: the next step gives it up, but for moments that are too short."""
+"""Pause of a thread that has handed something on, in which the other wakes and has the interpreter. It would get it for
+certain only after Python's switch interval of 5 ms: the next step gives it up, but for moments that are too short."""
 STORE_RETRY_S = 0.1
 """Pause before a failed append is tried again. Redis restarts take longer; the steps made meanwhile are kept."""
 LOOK_S = 0.5
