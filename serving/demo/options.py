@@ -14,7 +14,7 @@ class DemoOptions(msgspec.Struct, frozen=True):
 
     queue: Literal["redis", "kafka"] = "redis"
     model: str = ""
-    prompt: str = "What is a penstock?"
+    prompt: str = "What is Penstock?"
     once: bool = False
     prefill: int = 1
     decode: int = 1
