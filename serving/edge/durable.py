@@ -78,7 +78,8 @@ class Durable:
         send: Send,
     ) -> None:
         exchange = exchange_of(scope)
-        context = self._context(stored, exchange, None if header(scope, EVENT_IDS) == "none" else NOTHING_SEEN)
+        skip = None if header(scope, EVENT_IDS) == "none" else NOTHING_SEEN
+        context = self._context(stored, exchange, skip, attach=False)
         context.saved = saved
         try:
             if stored.background and not stored.stream:
@@ -96,8 +97,7 @@ class Durable:
         exchange = exchange_of(scope)
         exchange.speak_for(stored.path)
         exchange.priority_class, exchange.model = stored.priority_class, stored.model
-        context = self._context(stored, exchange, skip)
-        context.attach = True
+        context = self._context(stored, exchange, skip, attach=True)
         await render(self._app, context, scope, receive, send)
 
     @staticmethod
@@ -105,9 +105,9 @@ class Durable:
         body = for_handler(request.path, request.body, request.stream_id, background=request.background)
         return msgspec.structs.replace(request, body=body, keyed=keyed)
 
-    def _context(self, stored: ClientRequest, exchange: Exchange, skip: Seen | None) -> RequestContext:
+    def _context(self, stored: ClientRequest, exchange: Exchange, skip: Seen | None, *, attach: bool) -> RequestContext:
         grace_s = self._settings.keyed_grace_s if stored.keyed else self._settings.resume_grace_s
-        return RequestContext(stored, exchange.outcome, skip=skip, grace_s=None if stored.background else grace_s)
+        return RequestContext(stored, exchange.outcome, attach, skip, grace_s=None if stored.background else grace_s)
 
     def _saving(self, stored: ClientRequest) -> asyncio.Task[None]:
         return self._start(self._store.save(stored))

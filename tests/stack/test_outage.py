@@ -99,8 +99,10 @@ def test_not_ready_without_engines(lonely: Lonely) -> None:
 def dead(server: Server) -> Iterator[None]:
     """Connections are refused."""
     server.kill()
-    yield
-    server.start()
+    try:
+        yield
+    finally:
+        server.start()
 
 
 @contextmanager
@@ -108,14 +110,16 @@ def silent(server: Server) -> Iterator[None]:
     """Connections stand, and nobody answers on them."""
     assert server.process is not None
     os.kill(server.process.pid, signal.SIGSTOP)
-    yield
-    os.kill(server.process.pid, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("away", [dead, silent])
 @pytest.mark.parametrize(("part", "code"), [("queue", "queue_unavailable"), ("redis", "store_unavailable")])
 def test_away(lonely: Lonely, away: Away, part: str, code: str) -> None:
-    """503 with Retry-After, and what the broker may have stored all the same is marked as cancelled."""
+    """503 with Retry-After, and ready again once it is back."""
     with away(lonely.kafka if part == "queue" else lonely.redis):
         answer = httpx.post(f"{lonely.url}/v1/chat/completions", json=CHAT, timeout=60)
         assert answer.status_code == 503

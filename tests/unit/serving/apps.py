@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from penstock.queue.errors import StoreUnavailable
+from penstock.queue.records import PriorityClass
 from penstock.serving import context
 from penstock.serving.edge.asgi import Message, Receive, Scope, Send, send_json
 from penstock.serving.request import ClientRequest
 from penstock.serving.tenants import KeyInfo, KeyStore, Lookup
 
 EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
+
+
+def client_request(**changes: Any) -> ClientRequest:
+    """A request as the edge makes it, with these fields changed."""
+    fields = {
+        "tenant": "acme",
+        "key_id": "k",
+        "path": "/v1/chat/completions",
+        "body": b"{}",
+        "external_id": "x",
+        "priority_class": PriorityClass.STANDARD,
+        "deadline_ms": 0,
+    }
+    return ClientRequest(**fields | changes)  # type: ignore[arg-type]
 
 
 class Recorder:

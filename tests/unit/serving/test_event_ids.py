@@ -10,12 +10,10 @@ from contextvars import Context
 import pytest
 
 from penstock.queue.errors import StreamInterrupted
-from penstock.queue.records import PriorityClass
 from penstock.serving.context import RequestContext, Seen, enter
 from penstock.serving.edge.event_ids import EventIds, parse_event_id
 from penstock.serving.errors import InvalidField
-from penstock.serving.request import ClientRequest
-from tests.unit.serving.apps import Recorder, Streaming
+from tests.unit.serving.apps import Recorder, Streaming, client_request
 from tests.unit.serving.asgi_client import Reply, get
 
 pytestmark = [pytest.mark.unit, pytest.mark.asyncio]
@@ -46,17 +44,7 @@ async def rendered(chunks: list[bytes], choices: int, seen: Seen | None) -> Repl
 
 
 def _context(choices: int, skip: Seen | None) -> RequestContext:
-    request = ClientRequest(
-        tenant="acme",
-        key_id="k",
-        path="/v1/completions",
-        body=b"{}",
-        external_id="x",
-        priority_class=PriorityClass.STANDARD,
-        deadline_ms=0,
-        stream_id="s1",
-        choices=choices,
-    )
+    request = client_request(path="/v1/completions", stream_id="s1", choices=choices)
     return RequestContext(request, skip=skip)
 
 

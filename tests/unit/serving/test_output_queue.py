@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from penstock.queue.records import PriorityClass
 from penstock.serving.context import RequestContext, enter
 from penstock.serving.output_queue import FULL, LOW, OutputQueue
-from penstock.serving.request import ClientRequest
+from tests.unit.serving.apps import client_request
 
 pytestmark = [pytest.mark.unit, pytest.mark.asyncio]
 
@@ -68,20 +67,8 @@ async def test_a_full_queue_says_so_and_calls_when_there_is_room() -> None:
     assert called == [0]
 
 
-def asked() -> ClientRequest:
-    return ClientRequest(
-        tenant="acme",
-        key_id="k",
-        path="/v1/chat/completions",
-        body=b"{}",
-        external_id="x",
-        priority_class=PriorityClass.STANDARD,
-        deadline_ms=0,
-    )
-
-
 async def test_ids_are_drawn_for_the_choice_that_is_rendered() -> None:
-    context = RequestContext(asked())
+    context = RequestContext(client_request())
     enter(context)
     queue = new_queue()
     queue.put(output(1, index=2))
@@ -90,7 +77,7 @@ async def test_ids_are_drawn_for_the_choice_that_is_rendered() -> None:
 
 
 async def test_what_was_rendered_leaves_before_the_handler_waits_or_fails() -> None:
-    context = RequestContext(asked())
+    context = RequestContext(client_request())
     enter(context)
     queue, seen = new_queue(), []
 
