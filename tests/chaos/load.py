@@ -49,7 +49,8 @@ class Stream:
     """One request as its reader sees it."""
 
     __slots__ = (
-        "ended", "error", "expected", "finish", "first_s", "gap_s", "last", "position", "record", "sent", "took_s",
+        "ended", "error", "expected", "finish", "first_s", "gap_at", "gap_s", "last", "position", "record", "sent",
+        "took_s",
     )  # fmt: skip
 
     def __init__(self, record: Record, expected: list[int]) -> None:
@@ -61,7 +62,14 @@ class Stream:
         self.sent = time.monotonic()
         self.last = 0.0
         self.first_s = self.gap_s = self.took_s = 0.0
+        self.gap_at = 0
+        """Tokens delivered before its longest silence."""
         self.ended = asyncio.Event()
+
+    def waited_s(self) -> float:
+        """Its longest silence, less the time in which an engine computes anew, unseen, what had been delivered."""
+        pace = (self.took_s - self.first_s - self.gap_s) / max(1, self.position)
+        return self.gap_s - max(0.0, pace) * self.gap_at
 
 
 class Tally:
@@ -86,7 +94,9 @@ class Tally:
     def _tokens(self, stream: Stream, frame: Frame) -> None:
         now = time.monotonic()
         if stream.last:
-            stream.gap_s = max(stream.gap_s, now - stream.last)
+            gap = now - stream.last
+            if gap > stream.gap_s:
+                stream.gap_s, stream.gap_at = gap, stream.position
         else:
             stream.first_s = now - stream.sent
         stream.last = now

@@ -8,7 +8,7 @@ import msgspec
 
 
 class Scale(StrEnum):
-    """How long a round is: seconds in ``make test``, a minute in the short one, the issue's figures in the long one."""
+    """How long a round is: seconds in ``make test``, a minute in the short one, in the long one as much as the project claims."""
 
     TEST = "test"
     SHORT = "short"

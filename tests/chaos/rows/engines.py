@@ -43,11 +43,15 @@ async def decode_kill(round_: Round) -> None:
         audit = await round_.conclude(load)
         round_.hit(audit)
         again = [load.streams[id_] for id_, runs in audit.runs.items() if runs > 1]
-        for name, seeded in (("continued", False), ("replayed", True)):
-            gaps = [stream.gap_s for stream in again if ("seed" in stream.record.sampling) is seeded]
-            round_.figure(f"gap p95 s, {name}", quantile(gaps, 0.95))
-    gap = round_.outcome.gap_p95_s
-    round_.timing("", f"gap p95 < {GAP_S} s", gap < GAP_S, gap)
+    continued = [stream for stream in again if "seed" not in stream.record.sampling]
+    replayed = [stream for stream in again if "seed" in stream.record.sampling]
+    gap = quantile([stream.gap_s for stream in continued], 0.95)
+    waited = quantile([stream.waited_s() for stream in replayed], 0.95)
+    round_.figure("gap p95 s, continued", gap)
+    round_.figure("gap p95 s, replayed", quantile([stream.gap_s for stream in replayed], 0.95))
+    round_.figure("gap p95 s, replayed, less what was computed anew", waited)
+    round_.timing("", f"gap p95 < {GAP_S} s where a stream can be continued", gap < GAP_S, gap)
+    round_.timing("", "and where it is replayed, beyond the time that takes", waited < GAP_S, waited)
 
 
 async def prefill_kill(round_: Round) -> None:
