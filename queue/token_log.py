@@ -242,6 +242,15 @@ class RequestLog:
             frames = cast(list[bytes], await self._client.lrange(key, skip, last))
         return [decode_frame(frame) for frame in frames]
 
+    async def positions(self, ids: Sequence[str]) -> dict[str, int]:
+        """Tokens that the log holds of each; 0 of those it does not know."""
+        pipeline = self._client.pipeline(transaction=False)
+        for request_id in ids:
+            pipeline.hget(f"{self._ns}req:{request_id}", "next")
+        with store_errors():
+            answer = await pipeline.execute()
+        return {request_id: int(next_ or 0) for request_id, next_ in zip(ids, answer, strict=True)}
+
     async def states(self, attempts: Mapping[str, int]) -> list[Event]:
         """Where each of these requests stands, as events, for a dispatcher that may have missed the messages.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import redis.asyncio
 import structlog
@@ -40,6 +40,8 @@ RECONCILE_EVERY = 40
 ever; one short read a request."""
 REPORT_S = 1.0
 """How often the backlog is published; admission is a safety net, and the autoscaler thinks in tens of seconds."""
+SUSPECTS = 4
+"""So many requests at most are run alone after one death: each has a replica to itself for some 16 steps."""
 AMNESTY_S = LEASE_S
 """After Redis was away all leases have run out. Nobody is taken for dead before they could be renewed."""
 
@@ -265,11 +267,23 @@ class Dispatcher:
 
     async def _leave_the_gone(self) -> None:
         gone = {errand: id_ for errand in self._books.errands.values() if (id_ := self._router.dead(errand))}
-        departed = await self._registry.departed(sorted(set(gone.values()))) if gone else set()
+        if not gone:
+            return
+        departed = await self._registry.departed(sorted(set(gone.values())))
+        died = {errand for errand, id_ in gone.items() if id_ == errand.target and id_ not in departed}
+        await self._find_suspects(died)
         for errand, replica_id in gone.items():
             if errand.ended or self._router.dead(errand) != replica_id:
                 continue
-            ran_there = replica_id == errand.target
-            errand.force = not ran_there  # its prefill replica computes for nobody, or its decode replica waits for it
-            died = ran_there and replica_id not in departed
-            self._again(errand, f"replica {replica_id} {'died' if died else 'is gone'}", deaths=int(died))
+            # not there: its prefill replica computes for nobody, or its decode replica waits for it
+            errand.force = replica_id != errand.target
+            why = "died" if errand in died else "is gone"
+            self._again(errand, f"replica {replica_id} {why}", deaths=int(errand in died))
+
+    async def _find_suspects(self, died: Collection[Errand]) -> None:
+        """What kills an engine does so at its first steps. Where few had just begun, it was one of them, if any; where
+        many had, a machine died more likely than not, and to run them one by one would take too long."""
+        positions = await self._log.positions([errand.id for errand in died])
+        fresh = {errand for errand in died if not errand.got_far(positions[errand.id])}
+        for errand in died:
+            errand.stuck = errand in fresh and len(fresh) <= SUSPECTS

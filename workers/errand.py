@@ -28,7 +28,7 @@ class Errand:
     inbox gets it; ``decode`` the replica that generates (the same, unless it goes through the prefill pool first);
     ``source`` the prefill replica whose KV cache ``decode`` has yet to read. All are empty while it waits. ``deaths``
     counts the replicas that died or failed with it since it last got on well; those that failed are in ``avoid``;
-    ``alone`` that it has its target for itself.
+    ``stuck`` that the last of them died before it had got far; ``alone`` that it has its target for itself.
     """
 
     def __init__(self, delivery: Delivery) -> None:
@@ -37,6 +37,7 @@ class Errand:
         self.emitted: list[int] = []
         self.attempt = 0
         self.deaths = 0
+        self.stuck = False
         self.avoid: set[str] = set()
         self.force = False
         self.ended = False
@@ -99,9 +100,14 @@ class Errand:
         if deaths > 1:
             self._not_before = time.monotonic() + BACKOFF_S * 2 ** (deaths - 2) * random.uniform(0.5, 1.5)
 
+    def got_far(self, position: int) -> bool:
+        """Whether its last run shows no sign of trouble, the log being at ``position``: of a replay it cannot tell."""
+        return self.replay or position - len(self.emitted) >= PROBATION_TOKENS
+
     def clear(self) -> None:
         """It got on well: whatever happened before was not its fault."""
         self.deaths = 0
+        self.stuck = False
         self.avoid.clear()
 
     def dispatch(self) -> Dispatch:

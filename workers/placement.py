@@ -72,6 +72,11 @@ class Seat:
         return not self.closed and not self.guest and self.requests > 0
 
     @property
+    def empty(self) -> bool:
+        """Whether nobody is here."""
+        return not self._held and not self.foreign
+
+    @property
     def settled(self) -> bool:
         """Whether what is here has been here for a while."""
         return not self._held or time.monotonic() - self._taken_at > SETTLED_S
@@ -160,15 +165,26 @@ class Pool:
 
         Until then it is kept free of new work. No more than half of the replicas are lent in this way.
         """
-        mine = next((seat for seat in self.seats.values() if seat.guest == request_id), None)
-        guests = sum(bool(seat.guest) for seat in self.seats.values())
-        if mine is None and guests < max(1, len(self.seats) // 2):
-            mine = min((seat for seat in self.seats.values() if seat.open), key=lambda seat: seat.use, default=None)
+        mine = self._lent_to(request_id)
         if mine is None:
             return None
         mine.guest = request_id
         fits = mine.requests > 0 and not mine.closed and (tokens <= mine.tokens or not mine.use)
         return mine if fits and mine.settled else None
+
+    def _lent_to(self, request_id: str) -> Seat | None:
+        """An empty replica if there is one, such as the successor of the one that died: nobody goes down with it."""
+        mine = next((seat for seat in self.seats.values() if seat.guest == request_id), None)
+        empty = next((seat for seat in self.seats.values() if seat.open and seat.empty), None)
+        if mine is not None and (mine.empty or empty is None):
+            return mine
+        if mine is not None:
+            mine.guest = ""
+        elif sum(bool(seat.guest) for seat in self.seats.values()) >= max(1, len(self.seats) // 2):
+            return None
+        return empty or min(
+            (seat for seat in self.seats.values() if seat.open), key=lambda seat: seat.use, default=None
+        )
 
     def release(self, request_id: str) -> None:
         """Whatever this request had for itself is for all again."""

@@ -57,9 +57,10 @@ class Router:
         return True
 
     def isolated(self, errand: Errand) -> bool:
-        """Whether one more death would end it: it must run alone, so that only its own doing counts against it, and
-        none that is as near to the end can go down with it."""
-        return errand.deaths > 0 and errand.deaths >= self._workers.max_attempts - 1
+        """Whether it must run alone: because one more death would end it, so that only its own doing counts against it
+        and none that is as near to the end can go down with it; or because it is likelier than others to have killed
+        a replica, so that it takes nobody along the next time."""
+        return errand.deaths > 0 and (errand.stuck or errand.deaths >= self._workers.max_attempts - 1)
 
     def _place_alone(self, errand: Errand) -> bool:
         """One engine does the whole of it, so that one at most is lost."""

@@ -8,7 +8,7 @@ import msgspec
 
 
 class Scale(StrEnum):
-    """How long a round is: seconds in ``make test``, a minute in the short one, in the long one as much as the project claims."""
+    """How long a round is: seconds in ``make test``, a minute in the short one; the long one is what is claimed."""
 
     TEST = "test"
     SHORT = "short"

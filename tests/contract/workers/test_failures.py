@@ -9,6 +9,8 @@ import pytest
 from penstock.queue.dead_letters import retry
 from penstock.queue.records import PriorityClass, decode_record
 from penstock.queue.registry import LEASE_S
+from penstock.workers.dispatcher import SUSPECTS
+from penstock.workers.errand import PROBATION_TOKENS
 from tests.contract.workers.cluster import Cluster, Worker
 from tests.support.frozen_records import FROZEN
 
@@ -17,23 +19,44 @@ pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
 POISON = "poison"
 
 
-def lethal(cluster: Cluster, *, held: bool = False) -> Worker:
+def lethal(cluster: Cluster, *, held: bool = False, **limits: int) -> Worker:
     """A replica that the poison kills."""
-    worker = cluster.add(held=held)
+    worker = cluster.add(held=held, **limits)
     worker.engine.lethal[POISON] = worker.die
     return worker
 
 
-async def test_poison_does_not_take_its_neighbours_along(mixed: Cluster) -> None:
-    """[I5, I8] Twice on a replica with the poison, an innocent is as suspect as it: from then on each is alone."""
+async def test_the_likeliest_suspect_is_alone_at_once(mixed: Cluster) -> None:
+    """[I8] What had got far when its replica died goes on elsewhere; what had just begun gets a replica for itself."""
     mixed.dispatch(max_attempts=3)
     first = lethal(mixed, held=True)
-    innocents = [await mixed.send(5, {"max_tokens": 40}) for _ in range(2)]
+    innocents = [await mixed.send(5, {"max_tokens": 60}) for _ in range(2)]
+    for record in innocents:
+        await mixed.running_on(record, first)
+    first.engine.allow(30)
+    for record in innocents:
+        await mixed.emitted(record, PROBATION_TOKENS)
+    poison = await mixed.send(id=POISON)
+    await mixed.until(lambda: first.died, "the poison has killed")
+    rest = [lethal(mixed) for _ in range(3)]
+    await mixed.completes(*innocents)
+    await mixed.fails(poison, "engine_failed")
+    assert sum(worker.died for worker in rest) == 2
+    assert [await mixed.field(record, "runs") for record in innocents] == ["2", "2"]
+    await mixed.drained()
+
+
+async def test_poison_does_not_take_its_neighbours_along(mixed: Cluster) -> None:
+    """[I5, I8] Where many had just begun none is likelier than the others. Twice on a replica with the poison, an
+    innocent is as suspect as it: from then on each is alone."""
+    mixed.dispatch(max_attempts=3)
+    first = lethal(mixed, held=True, max_num_seqs=8)
+    innocents = [await mixed.send(5, {"max_tokens": 40}) for _ in range(SUSPECTS)]
     for record in innocents:
         await mixed.running_on(record, first)
     poison = await mixed.send(id=POISON)
     await mixed.until(lambda: first.died, "the poison has killed")
-    second = lethal(mixed, held=True)
+    second = lethal(mixed, held=True, max_num_seqs=8)
     await mixed.until(lambda: second.died, "the poison has killed again")
     for record in innocents:
         await mixed.running_on(record, second)

@@ -187,3 +187,15 @@ def test_suspect_has_a_replica_for_itself() -> None:
     assert chosen(pool.isolate("suspect", 10)) == "c"
     pool.release("suspect")
     assert pool.seats["c"].open
+
+
+def test_suspect_moves_on_to_a_replica_that_is_empty() -> None:
+    """Such as the successor of the one that died: nobody goes down with it there."""
+    pool = make_pool("a", "b")
+    for id_ in "ab":
+        pool.seats[id_].take(f"other-{id_}", 100, ())
+    assert pool.isolate("suspect", 10) is None
+    waited_for = next(seat for seat in pool.seats.values() if seat.guest)
+    pool.seats |= make_pool("c").seats
+    assert chosen(pool.isolate("suspect", 10)) == "c"
+    assert waited_for.open, "it is for all again"
