@@ -17,7 +17,7 @@ import redis.asyncio
 
 from penstock.queue.errors import InvalidRecord, PayloadTooLarge, QueueUnavailable
 from penstock.queue.records import Record, decode_record, encode_record
-from penstock.queue.redis_client import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
+from penstock.queue.redis_client import COMMAND_TIMEOUT_S, pooled
 from penstock.queue.settings import RedisSettings
 
 GRACE_S = 60
@@ -42,9 +42,7 @@ def connect_once(settings: RedisSettings) -> redis.asyncio.Redis:
     It has no time-out of its own but for connecting: the library wraps each write in ``asyncio.wait_for``, which costs
     a task and, before Python 3.12, loses a cancellation that arrives with the result. Use :func:`answering`.
     """
-    return redis.asyncio.Redis.from_url(
-        settings.url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=None, retry=None, protocol=2
-    )
+    return pooled(settings, socket_timeout=None, retry=None, protocol=2)
 
 
 @asynccontextmanager

@@ -18,6 +18,9 @@ CONNECT_TIMEOUT_S = 2.0
 """A Redis on the same network answers in milliseconds; two seconds tell a restart from a slow link."""
 COMMAND_TIMEOUT_S = 5.0
 """Longer than the longest script (a step of 1,000 streams takes a few ms) and any fsync stall worth waiting for."""
+MAX_CONNECTIONS = 64
+"""Of one asyncio client; Redis runs one command at a time anyway. A burst of more commands waits for them, where the
+library's own pool would refuse the 101st, and with it a request."""
 
 _REFUSED = re.compile(r"\b(OOM|READONLY|MISCONF|NOREPLICAS|MASTERDOWN|BUSY)\b")
 """Codes of a server that will take the same command later; inside a script they come wrapped in other text."""
@@ -32,10 +35,14 @@ def connect(settings: RedisSettings) -> redis.Redis:
 
 def connect_async(settings: RedisSettings) -> redis.asyncio.Redis:
     """An asyncio client for ingress and dispatcher."""
-    client = redis.asyncio.Redis.from_url(
-        settings.url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=COMMAND_TIMEOUT_S
-    )
-    return cancellable(client)
+    return cancellable(pooled(settings, socket_timeout=COMMAND_TIMEOUT_S))
+
+
+def pooled(settings: RedisSettings, **options: Any) -> redis.asyncio.Redis:
+    """An asyncio client whose commands wait for one of :data:`MAX_CONNECTIONS` connections."""
+    options |= {"max_connections": MAX_CONNECTIONS, "timeout": COMMAND_TIMEOUT_S}
+    options["socket_connect_timeout"] = CONNECT_TIMEOUT_S
+    return redis.asyncio.Redis.from_pool(redis.asyncio.BlockingConnectionPool.from_url(settings.url, **options))
 
 
 class _CancellableWrites:

@@ -10,7 +10,7 @@ import os
 import socket
 from argparse import Namespace
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import redis.asyncio
 import structlog
@@ -29,14 +29,16 @@ from penstock.queue.settings import ModelSettings, QueueSettings, RedisSettings
 from penstock.queue.token_log import RequestLog
 from penstock.serving.admission import Backlog
 from penstock.serving.batches.backend import InnerBackend
-from penstock.serving.batches.direct import Direct
 from penstock.serving.batches.service import BatchService
 from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.durable.inner import Inner
 from penstock.serving.durable.store import RequestStore
+from penstock.serving.edge.asgi import App
+from penstock.serving.edge.direct import Direct
 from penstock.serving.edge.layers import wrap
 from penstock.serving.edge.streams import Kept
 from penstock.serving.files.settings import FilesSettings
+from penstock.serving.handlers import Handlers
 from penstock.serving.readiness import Readiness
 from penstock.serving.settings import IngressSettings
 from penstock.serving.tenants import KeyStore, open_authenticator
@@ -71,7 +73,9 @@ async def serve(
     queue = open_queue(queue_settings, redis_settings, model.pool)
     backlog = Backlog(settings.max_backlog_requests, redis_settings, model.pool)
     readers = Readers(client, redis_settings, f"ingress:{new_request_id()}")
-    app, engine = await _vllm_app(settings, model, queue, client, redis_settings, backlog, readers)
+    vllm, engine = await _vllm_app(settings, model, queue, client, redis_settings, backlog, readers)
+    handlers = Handlers(vllm)
+    app = _shortened(vllm, handlers)
     batches = BatchService(client, redis_settings, FilesSettings(), BatchSettings())
     edge = wrap(
         app,
@@ -82,7 +86,7 @@ async def serve(
         beside=batches.wrap,
     )
     watching = asyncio.create_task(backlog.watch())
-    batch_work = asyncio.create_task(batches.run(InnerBackend(Direct(app), Inner(app), readers), model.served_name))
+    batch_work = asyncio.create_task(batches.run(InnerBackend(handlers, Inner(app), readers), model.served_name))
     try:
         await _listen(edge, settings, engine)
     finally:
@@ -131,6 +135,15 @@ async def _vllm_app(
     await init_app_state(engine, app.state, args, tasks)
     enable_envs_cache()  # as in vLLM's engines: it reads its variables several times a token
     return app, core
+
+
+def _shortened(vllm: Any, handlers: Handlers) -> App:
+    """vLLM's application without what costs most of it, unless somebody put something of theirs in there."""
+    from vllm import envs
+
+    args = vllm.state.args
+    special = args.middleware or args.api_key or envs.VLLM_API_KEY or args.enable_server_load_tracking
+    return cast(App, vllm) if special else Direct(vllm, handlers)
 
 
 def vllm_arguments(settings: IngressSettings, model: ModelSettings) -> Namespace:

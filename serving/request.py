@@ -9,6 +9,7 @@ import msgspec
 from penstock.queue.records import PriorityClass, new_request_id, now_ms
 from penstock.serving.edge.asgi import Scope
 
+CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 """The one path that takes several prompts."""
 RESPONSES = "/v1/responses"

@@ -9,13 +9,13 @@ from contextlib import suppress
 from penstock.queue.readers import Readers
 from penstock.queue.records import now_ms
 from penstock.serving.batches.answers import Reply
-from penstock.serving.batches.direct import Direct
 from penstock.serving.batches.runner import LineRequest
-from penstock.serving.context import NOTHING_SEEN, RequestContext
+from penstock.serving.context import NOTHING_SEEN, RequestContext, enter
 from penstock.serving.durable.bodies import for_handler
 from penstock.serving.durable.inner import Inner, attached
 from penstock.serving.edge.intake import count_prompts, read_n, read_peek
-from penstock.serving.request import COMPLETIONS, ClientRequest
+from penstock.serving.handlers import Answer, Handlers
+from penstock.serving.request import COMPLETIONS, ClientRequest, scope_of
 
 FRESH_S = 60.0
 """A line that nobody has asked for before is published and read without looking for an earlier run of it. If there was
@@ -25,8 +25,8 @@ one after all, its frames may have come before anybody read them here: after thi
 class InnerBackend:
     """The :class:`~penstock.serving.batches.runner.Backend` of an ingress."""
 
-    def __init__(self, direct: Direct, inner: Inner, readers: Readers) -> None:
-        self._direct = direct
+    def __init__(self, handlers: Handlers, inner: Inner, readers: Readers) -> None:
+        self._handlers = handlers
         self._inner = inner
         self._readers = readers
 
@@ -37,13 +37,25 @@ class InnerBackend:
             fresh = RequestContext(asked, skip=NOTHING_SEEN, grace_s=None)
             with suppress(TimeoutError):
                 async with asyncio.timeout(FRESH_S):
-                    if (reply := await self._direct.respond(fresh)) is not None:
+                    if (reply := await self._answered(fresh)) is not None:
                         return reply
-        elif (reply := await self._direct.respond(attached(asked))) is not None:
+        elif (reply := await self._answered(attached(asked))) is not None:
             return reply
         response = await self._inner.respond(asked)
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
         return Reply(response.status, headers, response.body)
+
+    async def _answered(self, context: RequestContext) -> Reply | None:
+        """The answer, without HTTP; None where there is none and the whole application is to say why. Sets the context
+        of the running task."""
+        asked = context.request
+        if not self._handlers.know(asked.path):
+            return None
+        enter(context)
+        answer = await self._handlers.answer(asked, scope_of(asked, {}))
+        if not isinstance(answer, Answer) or answer.status != 200 or context.outcome.error is not None:
+            return None
+        return Reply(200, {"x-request-id": asked.external_id}, answer.body)
 
     async def stop(self, requests: Sequence[LineRequest]) -> None:
         """Have engines stop what they do for these; nobody will ask for them again."""

@@ -18,9 +18,10 @@ from penstock.serving.edge.intake import decode_body, read_tags
 from penstock.serving.errors import InvalidField
 from penstock.serving.files.catalog import FileCatalog, FileMeta
 from penstock.serving.files.http import MethodNotAllowed, expiry_of, limit_of, query, send_list, send_object, tenant_of
+from penstock.serving.request import CHAT, COMPLETIONS, RESPONSES
 
 PREFIX = "/v1/batches"
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES)
 MAX_BODY_BYTES = 64 * 1024
 """16 pairs of metadata at their longest are 9,216 characters."""
 MIN_WINDOW_S = 3600

@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from penstock.serving.durable.store import RESPONSE_PREFIX
-from penstock.serving.request import RESPONSES
+from penstock.serving.request import CHAT, COMPLETIONS, RESPONSES
 
-GENERATING = frozenset({"/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages"})
+GENERATING = frozenset({CHAT, COMPLETIONS, RESPONSES, "/v1/messages"})
 """Paths whose POST generates."""
 
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])

@@ -27,8 +27,8 @@ SHORTEST = 2
 """Of a prompt, that begins with a special token, and of an answer: after one token there is nothing to decode."""
 START_S = 600.0
 """Ten minutes in, when the trace's first rush is over."""
-REQUESTS = 32
-"""About six seconds of work on two cores."""
+REQUESTS = 20
+"""About four seconds of work on two cores."""
 LOAD = 0.5
 """Offered load as a share of the measured capacity."""
 CAPACITY_STREAMS = 32
