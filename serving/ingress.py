@@ -6,6 +6,7 @@ Stateless: everything accepted is on the broker, everything emitted in the token
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from argparse import Namespace
@@ -18,7 +19,7 @@ import uvicorn
 import uvloop
 
 from penstock.queue.factory import open_queue
-from penstock.queue.logs import configure_logging
+from penstock.queue.logs import VLLM_ENVIRONMENT, Unless, configure_logging
 from penstock.queue.mailbox import Mailbox, TokenReader
 from penstock.queue.protocol import RequestQueue
 from penstock.queue.readers import Readers
@@ -55,8 +56,8 @@ log = structlog.get_logger()
 
 FORCED_ENVIRONMENT = {"VLLM_ENABLE_RESPONSES_API_STORE": "0"}
 """vLLM keeps responses in one process' memory, for whoever names their id: neither durable nor a tenant's own."""
-ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1"}
-"""Defaults for vLLM inside an ingress, which holds no model: no telemetry, only warnings, a token KV cache."""
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"} | VLLM_ENVIRONMENT
+"""Defaults for vLLM inside an ingress, which holds no model: no telemetry, a token KV cache, our log."""
 
 
 async def serve(
@@ -114,6 +115,7 @@ async def _vllm_app(
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
     from vllm.envs import enable_envs_cache
+    from vllm.exceptions import GracefulHTTPError
     from vllm.usage.usage_lib import UsageContext
 
     from penstock.serving import output_queue
@@ -121,6 +123,8 @@ async def _vllm_app(
     from penstock.serving.engine_client import QueueClient, QueueLLM
     from penstock.serving.metrics import drop_engine_gauges
 
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Unless(GracefulHTTPError))  # the line of its request says as much
     output_queue.install()
     determinism.install()
     mailbox = Mailbox(client, redis_settings, readers.channel)
@@ -171,6 +175,7 @@ async def _listen(app: Any, settings: IngressSettings, engine: QueueClient) -> N
         port=settings.port,
         log_level="warning",
         access_log=False,
+        log_config=None,
         timeout_keep_alive=IDLE_CONNECTION_S,
         timeout_graceful_shutdown=DRAIN_S,
     )

@@ -11,7 +11,7 @@ import uuid
 import msgspec
 import structlog
 
-from penstock.queue.logs import configure_logging
+from penstock.queue.logs import VLLM_ENVIRONMENT, configure_logging
 from penstock.queue.registry import Replica
 from penstock.queue.settings import ModelSettings, RedisSettings
 from penstock.workers.engine import Engine
@@ -27,7 +27,7 @@ def engine_environment(model: ModelSettings) -> dict[str, str]:
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        **VLLM_ENVIRONMENT,
     }
     if not _has_gpu():
         wanted |= CPU_ENVIRONMENT

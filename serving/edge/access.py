@@ -6,6 +6,7 @@ import re
 import time
 
 from prometheus_client import Counter, Gauge
+from structlog.contextvars import bind_contextvars
 
 from penstock.queue.logs import get_logger
 from penstock.queue.records import new_request_id
@@ -80,6 +81,7 @@ def _begin(scope: Scope) -> Exchange:
     given = header(scope, b"x-request-id")
     request_id = given if given and _SANE_ID.fullmatch(given) else new_request_id()
     scope["headers"] = with_headers(list(scope["headers"]), [(b"x-request-id", request_id.encode())])
+    bind_contextvars(request_id=request_id)  # on whatever is logged for this request, also by vLLM
     exchange = Exchange(request_id, route_of(scope["path"]))
     attach(scope, exchange)
     return exchange
