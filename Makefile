@@ -30,6 +30,7 @@ LINES ?=
 SHORT ?=
 SEED ?=
 ROW ?=
+ENGINE ?=
 
 # Options of `make demo`; empty ones take the command's default.
 ONCE ?=
@@ -107,8 +108,8 @@ $(BENCH_READY): $(READY) $(wildcard requirements/bench-ray-llm*.txt)
 
 bench-venv: $(BENCH_READY)  ## the virtual environment of Ray Serve LLM, which `make bench` measures against
 
-chaos: $(DEV_READY)  ## kill, stall and cut everything, and see whether anything was lost; meant for two hours, not timed yet (SHORT=1: for 15 minutes, SEED=..., ROW=...)
-	$(BIN)/python -m tests.chaos $(if $(SHORT),--short) $(if $(SEED),--seed $(SEED)) $(if $(ROW),--row $(ROW))
+chaos: $(DEV_READY)  ## kill, stall and cut everything, and see whether anything was lost; meant for two hours, not timed yet (SHORT=1: for 15 minutes, SEED=..., ROW=..., ENGINE=vllm: the first three rows on real engines)
+	$(BIN)/python -m tests.chaos $(if $(SHORT),--short) $(if $(SEED),--seed $(SEED)) $(if $(ROW),--row $(ROW)) $(if $(ENGINE),--engine $(ENGINE))
 
 demo-model: $(DEV_READY)  ## train the demo model again (after a change of workers/demo_model/qa.yaml)
 	$(BIN)/python -m penstock.workers.demo_model.train

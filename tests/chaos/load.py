@@ -272,6 +272,13 @@ class Load:
             pipeline.hexists(f"{self._settings.namespace}req:{stream.record.id}", "handed")
         return any(await pipeline.execute())
 
+    async def sources(self, streams: Sequence[Stream]) -> Counter[str]:
+        """How many of these each prefill replica has passed on whose KV cache nobody has read yet."""
+        pipeline = self._client.pipeline(transaction=False)
+        for stream in streams:
+            pipeline.hget(f"{self._settings.namespace}req:{stream.record.id}", "source")
+        return Counter(source.decode() for source in await pipeline.execute() if source)
+
     async def _read(self) -> None:
         async for batch in self.reader.batches():
             for item in batch:
@@ -306,10 +313,6 @@ class Load:
         """What the queue has given up."""
         letters: list[DeadLetter] = await self.queue.dead_letters(limit)
         return letters
-
-    async def depth(self) -> int:
-        """Requests accepted and unfinished, as the queue counts."""
-        return sum(of_class.requests for of_class in (await self.queue.depth()).values())
 
 
 def _right(stream: Stream, frames: list[Frame]) -> bool:

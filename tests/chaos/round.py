@@ -8,11 +8,13 @@ import random
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
+from penstock.queue.factory import open_queue
+from penstock.queue.protocol import RequestQueue
 from penstock.queue.settings import RedisSettings
 from penstock.queue.token_log import emitted_tokens
 from tests.chaos.load import Audit, Load, Oracle, quantile, simulated
 from tests.chaos.outcome import Outcome, Scale, Size
-from tests.support.simulated_stack import Part, SimulatedStack
+from tests.support.simulated_stack import POOL, Part, SimulatedStack
 from tests.support.waiting import eventually_async
 
 VOCABULARY = range(1024, 3072)
@@ -182,13 +184,21 @@ class Round:
         outcome.check("I2, I4", "no token lost, repeated or altered", not any(wrong.values()), wrong)
         if exact_logs:
             outcome.check("I2, I3", "each log holds one answer and one end", not audit.wrong, audit.wrong[:5])
-        died = [str(part.log) for part in self.stack.dead_parts()]
-        outcome.check("", "no process ended by itself", not died, died)
-        outcome.check("I1", "the queue is empty", await self.soon(lambda: self._empty(load), DRAIN_S))
-        if kv or outcome.scale is not Scale.TEST:  # it takes as long as an unread KV cache is kept
-            free = await self.soon(self.kv_free, KV_LEAK_S)
-            outcome.check("I6", f"no KV block in use {KV_LEAK_S:.0f} s later", free, await self._kv())
+        await self.settle(kv=kv)
         return audit
+
+    async def settle(self, *, kv: bool = False) -> None:
+        """The checks of what is left behind."""
+        died = [str(part.log) for part in self.stack.dead_parts()]
+        self.outcome.check("", "no process ended by itself", not died, died)
+        queue = open_queue(self.stack.queue_settings, self.stack.redis_settings, POOL)
+        try:
+            self.outcome.check("I1", "the queue is empty", await self.soon(lambda: self._empty(queue), DRAIN_S))
+        finally:
+            await queue.close()
+        if kv or self.outcome.scale is not Scale.TEST:  # it takes as long as an unread KV cache is kept
+            free = await self.soon(self.kv_free, KV_LEAK_S + self.stack.engine_start_s)
+            self.outcome.check("I6", f"no KV block in use {KV_LEAK_S:.0f} s later", free, await self._kv())
 
     def hit(self, audit: Audit) -> None:
         """Faults that met nobody at work show nothing."""
@@ -207,19 +217,23 @@ class Round:
         outcome.reexecuted = audit.reexecuted
         outcome.gap_p95_s = quantile([stream.gap_s for stream in hit or load.streams.values()], 0.95)
 
-    async def _kv(self) -> int:
-        return await asyncio.to_thread(self.stack.kv_used)
+    async def _kv(self) -> dict[str, int]:
+        """Tokens in use, by engine; nothing of one that has no lease."""
+        replicas = await asyncio.to_thread(self.stack.replicas)
+        return {part.name: replicas[part.pid].kv_used for part in self.stack.engines if part.pid in replicas}
 
     def memory(self, kind: str) -> dict[str, int]:
         """Resident bytes of the parts of a kind, by name."""
         return {part.name: self.stack.rss_bytes(part) for part in self.stack.of_kind(kind)}
 
     async def kv_free(self) -> bool:
-        return await self._kv() == 0
+        """Whether every engine says that none of its KV cache is in use."""
+        used = await self._kv()
+        return len(used) == len(self.stack.engines) and not any(used.values())
 
     @staticmethod
-    async def _empty(load: Load) -> bool:
-        return await load.depth() == 0
+    async def _empty(queue: RequestQueue) -> bool:
+        return not any(of_class.requests for of_class in (await queue.depth()).values())
 
     @staticmethod
     async def soon(condition: Callable[[], Any], within_s: float) -> bool:

@@ -12,9 +12,13 @@ import itertools
 import os
 from typing import Any
 
+import structlog
+
 from penstock.queue.settings import ModelSettings
 from penstock.workers import engine, loop, stream
 from penstock.workers.engine_process import engine_environment, main
+
+log = structlog.get_logger()
 
 
 def _shorten(lease_s: int) -> None:
@@ -32,6 +36,7 @@ def _break_reads(every: int) -> None:
 
     def failing(self: Any, operation: str, *args: Any, **options: Any) -> Any:
         if operation == "READ" and next(reads) % every == 0:
+            log.warning("kv_load_failed")
             raise RuntimeError("injected: the transfer failed")
         return original(self, operation, *args, **options)
 

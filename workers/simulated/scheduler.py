@@ -15,12 +15,15 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 
+import structlog
+
 from penstock.queue.messages import Usage
 from penstock.workers.simulated.kv_cache import KVCache
 from penstock.workers.simulated.limits import Limits
 from penstock.workers.simulated.request import Handle, SimRequest, State
 from penstock.workers.simulated.step_times import StepTimes
 
+log = structlog.get_logger()
 _key = attrgetter("key")
 
 
@@ -143,7 +146,10 @@ class Scheduler:
             return False
         self._loads += 1
         every = self._limits.kv_load_fails_every
-        return not every or self._loads % every != 0
+        failed = every > 0 and self._loads % every == 0
+        if failed:
+            log.warning("kv_load_failed")
+        return not failed
 
     def _run(self, request: SimRequest) -> None:
         request.state = State.RUNNING

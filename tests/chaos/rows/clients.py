@@ -77,6 +77,7 @@ async def hang_ups(round_: Round) -> None:
     finally:
         await clients.close()
     round_.outcome.check("I5", "every request ended", round_.outcome.finished == round_.outcome.requests)
+    await round_.settle()
     _aborted(round_, took, back)
 
 
@@ -148,6 +149,7 @@ async def _same_bytes(round_: Round, faults: Callable[[list[Answer]], Awaitable[
     outcome.check("I2", "the text is that of the undisturbed run", not changed, changed[:3])
     outcome.check("I4", "the bytes are those of the stream read whole", not other, other[:3])
     round_.figure("resumed", sum(answer.resumed for answer in answers))
+    await round_.settle()
 
 
 async def _disturbed(

@@ -58,7 +58,7 @@ async def prefill_kill(round_: Round) -> None:
     """Kill a prefill replica whose KV was handed over and not yet read: decode is held still meanwhile."""
 
     async def faults(load: Load) -> None:
-        for _ in range(round_.size.faults):
+        while round_.outcome.injected < round_.size.faults:
             await load.progressed(round_.rng.randint(1, round_.size.streams * round_.size.tokens // 2))
             await _kill_between(round_, load)
 
@@ -68,14 +68,19 @@ async def prefill_kill(round_: Round) -> None:
 
 
 async def _kill_between(round_: Round, load: Load) -> None:
-    victim = round_.rng.choice(await round_.enough("prefill", 2))
+    """Nothing is killed where no hand-over came in time: decode must not lose its leases."""
+    await round_.enough("prefill", 2)
     held = round_.stack.of_kind("decode")
     for part in held:
         round_.stack.pause(part)
     try:
         streams = [await load.send() for _ in range(HAND_OVERS)]
-        handed = await round_.soon(lambda: load.handed_over(streams), HAND_OVER_S)
-        round_.figure("hand-overs hit", bool(handed))
+        if not await round_.soon(lambda: load.sources(streams), HAND_OVER_S):
+            return
+        replicas = await asyncio.to_thread(round_.stack.replicas)
+        sources = await load.sources(streams)
+        victim = max(round_.stack.of_kind("prefill"), key=lambda part: sources[replicas[part.pid].id])
+        round_.figure("hand-overs hit", sources[replicas[victim.pid].id])
         await round_.inject(f"kill -9 {victim.name}", round_.stack.kill, victim)
     finally:
         for part in held:
@@ -92,7 +97,9 @@ async def kv_load_failure(round_: Round) -> None:
         await asyncio.to_thread(round_.stack.await_ready, [successor])
         await asyncio.to_thread(round_.stack.remove, part)
     share = await _goodput(round_, long, conclude=True) / calm
-    round_.outcome.injected = round_.size.requests // FAILS_EVERY
+    round_.outcome.injected = sum(1 for _ in round_.stack.log_lines("kv_load_failed"))
+    expected = round_.size.requests // FAILS_EVERY // 2  # some answers need no transfer, and some a second one
+    round_.outcome.check("", f"at least {expected} transfers failed", round_.outcome.injected >= expected)
     round_.figure("goodput share", share)
     round_.timing("", f"goodput at least {GOODPUT:.0%} of fault-free", share >= GOODPUT, share)
 
@@ -124,11 +131,13 @@ async def stopped(round_: Round) -> None:
             round_.stack.wake(victim)
             await _back(round_, victim)
 
+    before = sum(1 for _ in round_.stack.log_lines("append_refused"))
     async with round_.load(sampling=mixed_sampling(round_.size.tokens)) as load:
         await round_.steady(load, faults)
         round_.hit(await round_.conclude(load))
-    refused = sum(1 for _ in round_.stack.log_lines("append_refused"))
+    refused = sum(1 for _ in round_.stack.log_lines("append_refused")) - before
     round_.figure("stale appends refused", refused)
+    round_.outcome.check("I3", "what was stopped tried to go on, and was refused", refused > 0)
 
 
 async def _back(round_: Round, part: Part) -> None:
