@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -68,6 +69,7 @@ async def serve(
     Raises:
         UnsafeBinding: the address is reachable from outside and there are no API keys.
         StoreUnavailable: Redis is away.
+        Exception: what ended the work on batches, or another task that must not end.
     """
     client = connect_async(redis_settings)
     authenticator = await open_authenticator(KeyStore(client, redis_settings), settings.host)
@@ -86,14 +88,14 @@ async def serve(
         kept=Kept(RequestStore(client, redis_settings), readers),
         beside=batches.wrap,
     )
-    watching = asyncio.create_task(backlog.watch())
-    batch_work = asyncio.create_task(batches.run(InnerBackend(handlers, Inner(app), readers), model.served_name))
+    backend = InnerBackend(handlers, Inner(app), readers)
+    beside = [asyncio.create_task(work) for work in (backlog.watch(), batches.run(backend, model.served_name))]
     try:
-        await _listen(edge, settings, engine)
+        await serve_beside(_server(edge, settings, engine), beside)
     finally:
-        watching.cancel()
-        batch_work.cancel()
-        await asyncio.wait([batch_work])
+        for task in beside:
+            task.cancel()
+        await asyncio.wait(beside)
         await queue.close()
         await client.aclose()
 
@@ -168,7 +170,26 @@ def vllm_arguments(settings: IngressSettings, model: ModelSettings) -> Namespace
     return args
 
 
-async def _listen(app: Any, settings: IngressSettings, engine: QueueClient) -> None:
+async def serve_beside(server: uvicorn.Server, beside: Sequence[asyncio.Task[None]]) -> None:
+    """Serve until SIGTERM, or until one of these tasks has failed; raises what it failed of.
+
+    An ingress without them would take in what nobody works on.
+    """
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            log.error("ingress_ends", exc_info=task.exception())
+            server.should_exit = True
+
+    for task in beside:
+        task.add_done_callback(ended)
+    await server.serve()
+    for task in beside:
+        if task.done():
+            task.result()
+
+
+def _server(app: Any, settings: IngressSettings, engine: QueueClient) -> _Server:
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -179,9 +200,8 @@ async def _listen(app: Any, settings: IngressSettings, engine: QueueClient) -> N
         timeout_keep_alive=IDLE_CONNECTION_S,
         timeout_graceful_shutdown=DRAIN_S,
     )
-    server = _Server(config, engine)
     log.info("ingress_listening", host=settings.host, port=settings.port)
-    await server.serve()
+    return _Server(config, engine)
 
 
 class _Server(uvicorn.Server):
