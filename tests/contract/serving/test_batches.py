@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -412,6 +413,46 @@ async def test_batches_page_by_page_and_by_tenant(server: BatchServer) -> None:
             await two.batches.retrieve(made[0])
         with pytest.raises(openai.NotFoundError):
             await two.batches.cancel(made[0])
+
+
+async def test_a_list_of_batches(server: BatchServer) -> None:
+    server.batches = {"coordinate": False}
+    async with server.serving() as api:
+        assert await _page(server) == {
+            "object": "list",
+            "data": [],
+            "first_id": None,
+            "last_id": None,
+            "has_more": False,
+        }
+        made = [(await submit(api, jsonl([line("a")]))).id for _ in range(5)][::-1]
+        pages = [
+            await _page(server, limit=2),
+            await _page(server, limit=2, after=made[1]),
+            await _page(server, limit=5),
+        ]
+        for asked in ({"limit": 0}, {"limit": 101}, {"limit": "many"}, {"after": "batch_nobody"}):
+            with pytest.raises(openai.BadRequestError) as refused:
+                await api.batches.list(**asked)
+            assert refused.value.param == next(iter(asked))
+        assert len((await api.batches.list(limit=1)).data) == 1
+        assert len((await api.batches.list(limit=100)).data) == 5
+    assert [[batch["id"] for batch in page["data"]] for page in pages] == [made[:2], made[2:4], made]
+    ends = [(page["first_id"], page["last_id"], page["has_more"]) for page in pages]
+    assert ends == [(made[0], made[1], True), (made[2], made[3], True), (made[0], made[4], False)]
+
+
+async def _page(server: BatchServer, **asked: str | int) -> Any:
+    async with httpx.AsyncClient(trust_env=False) as http:
+        return (await http.get(f"{server.url}/v1/batches", params=asked)).json()
+
+
+async def test_metadata_at_its_longest(server: BatchServer) -> None:
+    server.batches = {"coordinate": False}
+    metadata = {f"{i:064}": "🌊" * 512 for i in range(16)}
+    async with server.serving() as api:
+        batch = await submit(api, jsonl([line("a")]), metadata=metadata)
+        assert (await api.batches.retrieve(batch.id)).metadata == metadata
 
 
 async def test_a_lost_input_ends_the_batch(server: BatchServer) -> None:
