@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 from argparse import Namespace
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -69,7 +68,7 @@ async def serve(
     Raises:
         UnsafeBinding: the address is reachable from outside and there are no API keys.
         StoreUnavailable: Redis is away.
-        Exception: what ended the work on batches, or another task that must not end.
+        Exception: what ended the work on batches.
     """
     client = connect_async(redis_settings)
     authenticator = await open_authenticator(KeyStore(client, redis_settings), settings.host)
@@ -88,14 +87,14 @@ async def serve(
         kept=Kept(RequestStore(client, redis_settings), readers),
         beside=batches.wrap,
     )
-    backend = InnerBackend(handlers, Inner(app), readers)
-    beside = [asyncio.create_task(work) for work in (backlog.watch(), batches.run(backend, model.served_name))]
+    watching = asyncio.create_task(backlog.watch())
+    batch_work = asyncio.create_task(batches.run(InnerBackend(handlers, Inner(app), readers), model.served_name))
     try:
-        await serve_beside(_server(edge, settings, engine), beside)
+        await serve_beside(_server(edge, settings, engine), batch_work)
     finally:
-        for task in beside:
-            task.cancel()
-        await asyncio.wait(beside)
+        watching.cancel()
+        batch_work.cancel()
+        await asyncio.wait([batch_work])
         await queue.close()
         await client.aclose()
 
@@ -170,23 +169,21 @@ def vllm_arguments(settings: IngressSettings, model: ModelSettings) -> Namespace
     return args
 
 
-async def serve_beside(server: uvicorn.Server, beside: Sequence[asyncio.Task[None]]) -> None:
-    """Serve until SIGTERM, or until one of these tasks has failed; raises what it failed of.
+async def serve_beside(server: uvicorn.Server, batch_work: asyncio.Task[None]) -> None:
+    """Serve until SIGTERM, or until the work on batches has failed, and then raise what it failed of.
 
-    An ingress without them would take in what nobody works on.
+    An ingress without it would take in batches that nobody works on.
     """
 
     def ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled():
-            log.error("ingress_ends", exc_info=task.exception())
+            log.error("batch_work_failed", exc_info=task.exception())
             server.should_exit = True
 
-    for task in beside:
-        task.add_done_callback(ended)
+    batch_work.add_done_callback(ended)
     await server.serve()
-    for task in beside:
-        if task.done():
-            task.result()
+    if batch_work.done():
+        batch_work.result()
 
 
 def _server(app: Any, settings: IngressSettings, engine: QueueClient) -> _Server:
