@@ -68,6 +68,7 @@ async def serve(
     Raises:
         UnsafeBinding: the address is reachable from outside and there are no API keys.
         StoreUnavailable: Redis is away.
+        Exception: what ended the work on batches.
     """
     client = connect_async(redis_settings)
     authenticator = await open_authenticator(KeyStore(client, redis_settings), settings.host)
@@ -89,7 +90,7 @@ async def serve(
     watching = asyncio.create_task(backlog.watch())
     batch_work = asyncio.create_task(batches.run(InnerBackend(handlers, Inner(app), readers), model.served_name))
     try:
-        await _listen(edge, settings, engine)
+        await serve_beside(_server(edge, settings, engine), batch_work)
     finally:
         watching.cancel()
         batch_work.cancel()
@@ -168,7 +169,24 @@ def vllm_arguments(settings: IngressSettings, model: ModelSettings) -> Namespace
     return args
 
 
-async def _listen(app: Any, settings: IngressSettings, engine: QueueClient) -> None:
+async def serve_beside(server: uvicorn.Server, batch_work: asyncio.Task[None]) -> None:
+    """Serve until SIGTERM, or until the work on batches has failed, and then raise what it failed of.
+
+    An ingress without it would take in batches that nobody works on.
+    """
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            log.error("batch_work_failed", exc_info=task.exception())
+            server.should_exit = True
+
+    batch_work.add_done_callback(ended)
+    await server.serve()
+    if batch_work.done():
+        batch_work.result()
+
+
+def _server(app: Any, settings: IngressSettings, engine: QueueClient) -> _Server:
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -179,9 +197,8 @@ async def _listen(app: Any, settings: IngressSettings, engine: QueueClient) -> N
         timeout_keep_alive=IDLE_CONNECTION_S,
         timeout_graceful_shutdown=DRAIN_S,
     )
-    server = _Server(config, engine)
     log.info("ingress_listening", host=settings.host, port=settings.port)
-    await server.serve()
+    return _Server(config, engine)
 
 
 class _Server(uvicorn.Server):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from penstock.serving.batches.client import BatchClient
 from penstock.serving.batches.output import save
+from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.batches.watching import Prices, watch
 from penstock.serving.demo.board import Board
 from penstock.serving.demo.options import DemoOptions
@@ -29,6 +31,15 @@ INTERRUPTED = 130
 def served_name(engine_model: str) -> str:
     """What the lines of a local batch must name as their model."""
     return os.path.basename(engine_model.rstrip("/")) if engine_model else DEMO_NAME
+
+
+def limits() -> BatchSettings:
+    """What a file is checked by: here it may be of any length."""
+    return BatchSettings(max_lines=NO_LIMIT)
+
+
+class Stopped(Exception):
+    """Nobody waits for the batch any more."""
 
 
 class Job(NamedTuple):
@@ -77,19 +88,28 @@ async def _answer(stack: Stack, console: Console, job: Job) -> int:
     board = Board(console, stack.parts())
     with board.live():
         await stack.start(board)
+    stopped = threading.Event()
     watching = asyncio.create_task(stack.watch())  # ends when a part has died, by raising that
-    running = asyncio.create_task(asyncio.to_thread(_batch, stack.url, console, job))
-    await asyncio.wait({watching, running}, return_when=asyncio.FIRST_COMPLETED)
-    if not running.done():
-        await watching
-    watching.cancel()
-    return running.result()
+    running = asyncio.create_task(asyncio.to_thread(_batch, stack.url, console, job, stopped))
+    try:
+        await asyncio.wait({watching, running}, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            await watching
+        return running.result()
+    finally:
+        stopped.set()  # the loop's end waits for the thread, and the thread for an ingress that is no more
+        watching.cancel()
+        running.cancel()
 
 
-def _batch(url: str, console: Console, job: Job) -> int:
+def _batch(url: str, console: Console, job: Job, stopped: threading.Event) -> int:
+    def pause(seconds: float) -> None:
+        if stopped.wait(seconds):
+            raise Stopped
+
     with BatchClient(url, "") as client:
         batch = client.create(client.upload(job.lines)["id"], job.endpoint, WINDOW, {"ordered": "true"})
-        batch = watch(client, batch["id"], console, Prices())
+        batch = watch(client, batch["id"], console, Prices(), pause)
         count = save(client, batch, job.output, job.table, job.id_column)
     failed = batch["request_counts"]["failed"]
     console.print(f"{count} lines in {job.output}, {failed} of them errors", highlight=False)

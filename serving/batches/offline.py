@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from penstock.serving.batches.inspection import Inspector
-from penstock.serving.batches.lines import BadLine, Problem, read_envelope
+from penstock.serving.batches.lines import BOM, BadLine, Problem, read_envelope
 from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.batches.validation import problems_of
 
@@ -14,9 +14,9 @@ PIECE_BYTES = 1024 * 1024
 
 
 def endpoint_of(path: Path) -> str:
-    """The url of the first line; empty when it cannot be read."""
+    """The url of the first line, however long it is; empty when it cannot be read."""
     with path.open("rb") as file, suppress(BadLine):
-        return read_envelope(file.readline(PIECE_BYTES)).url
+        return read_envelope(file.readline().removeprefix(BOM)).url
     return ""
 
 

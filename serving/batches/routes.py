@@ -84,6 +84,7 @@ class BatchesApp:
         except DisconnectedError:
             return
         spec = self._spec(scope, asked)
+        await self._input(spec)  # what is not the caller's own is neither kept nor, by the unpinning, removed
         await self._catalog.pin(spec.input_file_id, spec.id)
         try:
             found = await self._input(spec)

@@ -7,7 +7,7 @@ from functools import partial
 
 import redis.asyncio
 
-from penstock.queue.errors import TransientError
+from penstock.queue.errors import PenstockError
 from penstock.queue.logs import get_logger
 from penstock.queue.settings import RedisSettings
 from penstock.serving.batches.coordinator import Parts
@@ -66,6 +66,8 @@ class BatchService:
                     continue
                 await self._catalog.objects.sweep()
                 await self._orphans.sweep()
-            except TransientError as error:
+            except PenstockError as error:
                 log.warning("sweep_failed", error=str(error))
+            except Exception:
+                log.exception("sweep_failed")  # whatever it is: the batches must go on
             await asyncio.sleep(SWEEP_S)

@@ -14,6 +14,7 @@ work is begun again; and what cannot be taken back waits until the status it fol
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -99,7 +100,7 @@ class BatchStore:
 
     async def find(self, tenant: str, batch_id: str) -> Batch:
         """The batch. Raises :class:`NotFound` when the tenant has none of this id."""
-        batch = await self.load(batch_id)
+        batch = await self.load(batch_id) if _ID.fullmatch(batch_id) else None  # else it might name one of our keys
         if batch is None or batch.spec.tenant != tenant:
             raise NotFound(f"No batch found with id '{batch_id[:100]}'.")
         return batch
@@ -232,6 +233,7 @@ class BatchStore:
         return f"{self._ns}batch:{batch_id}" + (f":{part}" if part else "")
 
 
+_ID = re.compile(r"batch_[0-9a-f]{32}")
 _LEASE_MS = int(LEASE_S * 1000)
 _KEPT_MS = KEPT_S * 1000
 _BINARY = frozenset({b"spec", b"inspection"})

@@ -166,11 +166,11 @@ def validate(file: Path, **how: Any) -> None:
 @click.option("--engine-model", default="", help="Folder or hub name; the bundled demo model if not given.")
 def run(file: Path, output: Path, engine_model: str, **how: Any) -> None:
     """Run FILE without a server: start engines here, answer every line, stop them again."""
-    from penstock.serving.batches.local_run import Job, local_run, served_name
+    from penstock.serving.batches.local_run import Job, limits, local_run, served_name
 
     how["model"] = how["model"] or served_name(engine_model)
     with _as_jsonl(file, how) as lines:
-        _, problems, endpoint = check(lines, how["endpoint"], served_name(engine_model), BatchSettings())
+        _, problems, endpoint = check(lines, how["endpoint"], served_name(engine_model), limits())
         if problems:
             for problem in problems[:SHOWN_PROBLEMS]:
                 click.echo(_problem_line(msgspec.to_builtins(problem)), err=True)

@@ -7,6 +7,7 @@ content. A deleted file is gone for everybody at once; its content stays until t
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Sequence, Set
 from typing import Any, cast
@@ -59,6 +60,7 @@ class FileMeta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _decoder = msgspec.msgpack.Decoder(FileMeta)
+_ID = re.compile(r"file-[0-9a-f]{32}")
 
 
 def new_file_id() -> str:
@@ -86,8 +88,11 @@ class FileCatalog:
             await pipeline.execute()
 
     async def find(self, tenant: str, file_id: str) -> FileMeta:
-        """The file. Raises :class:`NotFound` when the tenant has none of this id (any more)."""
-        meta = await self._load(file_id)
+        """The file. Raises :class:`NotFound` when the tenant has none of this id (any more).
+
+        Whatever id a client names comes through here before anything is done with it.
+        """
+        meta = await self._load(file_id) if _ID.fullmatch(file_id) else None
         if meta is None or meta.tenant != tenant or (meta.expires_ms is not None and meta.expires_ms <= now_ms()):
             raise NotFound(f"No such File object: {file_id[:100]}")
         return meta
@@ -116,7 +121,11 @@ class FileCatalog:
             await self.objects.delete(meta.id)
 
     async def pin(self, file_id: str, reader: str) -> None:
-        """Keep the content as long as ``reader`` wants it. To be done *before* the file is looked up."""
+        """Keep the content of a file as long as ``reader`` wants it.
+
+        To be done between two looks at the file: before the first nobody knows whose it is, and up to the second it may
+        have been deleted.
+        """
         with store_errors():
             await self._client.sadd(self._pins(file_id), reader)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -33,6 +34,7 @@ PART_BYTES = 8 * 1024 * 1024
 PART_SUFFIX = ".part"
 PART_LIFETIME_S = 86_400.0
 """What was not written to for a day belongs to nobody any more: uploads that stall are cut off after a minute."""
+_NAME = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -155,7 +157,10 @@ class LocalWriter(Writer):
 
 
 class ObjectStore:
-    """The objects below ``files.root``. Names are ours: letters, digits, dashes, underscores and slashes."""
+    """The objects below ``files.root``. Names are ours: letters, digits, dashes, underscores, and slashes in between.
+
+    Every method raises :class:`ValueError` for any other: it could lead out of the root or mean several objects.
+    """
 
     def __init__(self, settings: FilesSettings) -> None:
         root = settings.root if "://" in settings.root else str(Path(settings.root).expanduser().absolute())
@@ -185,7 +190,8 @@ class ObjectStore:
 
     async def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None]:
         """The bytes from ``start`` to before ``end``, piece by piece. Raises :class:`ObjectMissing`."""
-        reader = _Reader(lambda: self._fs.open(self._path(name), "rb"), start, end)
+        path = self._path(name)
+        reader = _Reader(lambda: self._fs.open(path, "rb"), start, end)
         try:
             while data := await _in_thread(reader.read):
                 yield data
@@ -220,6 +226,8 @@ class ObjectStore:
             await _in_thread(_remove_old_parts, Path(self._root))
 
     def _path(self, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no object's name")
         return f"{self._root}/{name}"
 
     def _writer(self, path: str) -> Writer:
@@ -265,7 +273,9 @@ def _open_part(path: str) -> Any:
 
 def _remove_old_parts(root: Path) -> None:
     oldest = time.time() - PART_LIFETIME_S
-    for part in root.rglob(f"*{PART_SUFFIX}"):
-        with suppress(FileNotFoundError):
-            if part.stat().st_mtime < oldest:
-                part.unlink()
+    for folder, _, names in os.walk(root):  # unlike rglob, it goes on when a folder is removed meanwhile
+        for name in names:
+            part = Path(folder, name)
+            with suppress(FileNotFoundError):
+                if part.suffix == PART_SUFFIX and part.stat().st_mtime < oldest:
+                    part.unlink()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -19,6 +21,7 @@ from penstock.queue.redis_client import connect_async
 from penstock.queue.settings import RedisSettings
 from penstock.serving.batches.answers import Reply
 from penstock.serving.batches.runner import LineRequest
+from penstock.serving.files.catalog import new_file_id
 from penstock.serving.files.orphans import MARKER
 from penstock.serving.tenants import KeyStore
 from tests.support.batch_server import (
@@ -326,6 +329,59 @@ async def test_an_input_that_is_none(server: BatchServer) -> None:
             await api.batches.cancel("batch_nobody")
 
 
+async def test_an_input_file_id_leads_to_nothing_else(server: BatchServer, tmp_path: Path) -> None:
+    server.batches = {"coordinate": False}
+    kept = [tmp_path / "outside", Path(server.root, "segments", "b", "1")]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    async with server.serving() as api, connect_async(server.redis) as client:
+        batch = await submit(api, jsonl([line("a")]))
+        kept.append(Path(server.root, batch.input_file_id))
+        short, long = batch.input_file_id[:-1], f"{batch.input_file_id}\n"
+        elsewhere = ("", ".", "..", "/", "../outside", str(kept[0]), "segments", "segments/b/1", "*", "file-*")
+        for name in (*elsewhere, short, long):
+            with pytest.raises(openai.NotFoundError, match="No such File object"):
+                await api.batches.create(input_file_id=name, endpoint=CHAT, completion_window="24h")
+        pins = await client.keys(f"{server.redis.namespace}file-pins:*")
+    assert [path for path in kept if not path.exists()] == []
+    assert pins == [f"{server.redis.namespace}file-pins:{batch.input_file_id}".encode()]
+
+
+async def test_what_others_have_stored_is_not_removed(server: BatchServer) -> None:
+    """Also between the moment an object is there and the one in which its description is."""
+    server.batches = {"coordinate": False}
+    async with connect_async(server.redis) as client:
+        keys = [(await KeyStore(client, server.redis).create(tenant))[0] for tenant in ("one", "two")]
+    async with server.serving() as api:
+        one, two = (api.with_options(api_key=key) for key in keys)
+        known = (await one.files.create(file=("a", jsonl([line("a")])), purpose="batch")).id
+        arriving = new_file_id()
+        await asyncio.to_thread(Path(server.root, arriving).write_bytes, b"x")
+        for name in (known, arriving):
+            with pytest.raises(openai.NotFoundError, match="No such File object"):
+                await two.batches.create(input_file_id=name, endpoint=CHAT, completion_window="24h")
+        assert set(await asyncio.to_thread(os.listdir, server.root)) >= {known, arriving}
+
+
+async def test_a_batch_id_leads_to_no_other_key(server: BatchServer) -> None:
+    server.batches = {"coordinate": False}
+    async with server.serving() as api, connect_async(server.redis) as client:
+        batch = await submit(api, jsonl([line("a")]))
+        await client.set(f"{server.redis.namespace}batch:{batch.id}:lease", "somebody")
+        for call in (api.batches.retrieve, api.batches.cancel):
+            with pytest.raises(openai.NotFoundError, match="No batch found"):
+                await call(f"{batch.id}:lease")
+
+
+async def test_a_sweep_that_fails_stops_no_batch(server: BatchServer) -> None:
+    async with connect_async(server.redis) as client:
+        await client.set(f"{server.redis.namespace}file:file-x", b"no description")
+        await client.zadd(f"{server.redis.namespace}files-expiry", {"file-x": 1})
+    async with server.serving() as api:
+        await until(api, (await submit(api, jsonl([line("a")]))).id, "completed")
+
+
 @pytest.mark.parametrize(("window", "seconds"), [("1h", 3600), ("36h", 129_600), ("7d", 604_800), ("168h", 604_800)])
 async def test_windows(server: BatchServer, window: str, seconds: int) -> None:
     async with server.serving() as api:
@@ -357,6 +413,46 @@ async def test_batches_page_by_page_and_by_tenant(server: BatchServer) -> None:
             await two.batches.retrieve(made[0])
         with pytest.raises(openai.NotFoundError):
             await two.batches.cancel(made[0])
+
+
+async def test_a_list_of_batches(server: BatchServer) -> None:
+    server.batches = {"coordinate": False}
+    async with server.serving() as api:
+        assert await _page(server) == {
+            "object": "list",
+            "data": [],
+            "first_id": None,
+            "last_id": None,
+            "has_more": False,
+        }
+        made = [(await submit(api, jsonl([line("a")]))).id for _ in range(5)][::-1]
+        pages = [
+            await _page(server, limit=2),
+            await _page(server, limit=2, after=made[1]),
+            await _page(server, limit=5),
+        ]
+        for asked in ({"limit": 0}, {"limit": 101}, {"limit": "many"}, {"after": "batch_nobody"}):
+            with pytest.raises(openai.BadRequestError) as refused:
+                await api.batches.list(**asked)
+            assert refused.value.param == next(iter(asked))
+        assert len((await api.batches.list(limit=1)).data) == 1
+        assert len((await api.batches.list(limit=100)).data) == 5
+    assert [[batch["id"] for batch in page["data"]] for page in pages] == [made[:2], made[2:4], made]
+    ends = [(page["first_id"], page["last_id"], page["has_more"]) for page in pages]
+    assert ends == [(made[0], made[1], True), (made[2], made[3], True), (made[0], made[4], False)]
+
+
+async def _page(server: BatchServer, **asked: str | int) -> Any:
+    async with httpx.AsyncClient(trust_env=False) as http:
+        return (await http.get(f"{server.url}/v1/batches", params=asked)).json()
+
+
+async def test_metadata_at_its_longest(server: BatchServer) -> None:
+    server.batches = {"coordinate": False}
+    metadata = {f"{i:064}": "🌊" * 512 for i in range(16)}
+    async with server.serving() as api:
+        batch = await submit(api, jsonl([line("a")]), metadata=metadata)
+        assert (await api.batches.retrieve(batch.id)).metadata == metadata
 
 
 async def test_a_lost_input_ends_the_batch(server: BatchServer) -> None:

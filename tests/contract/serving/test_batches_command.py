@@ -155,6 +155,18 @@ async def test_validate_needs_no_server(server: BatchServer, tmp_path: Path) -> 
     assert "line 1: model_not_found" in other.out
 
 
+async def test_validate_a_table(server: BatchServer, tmp_path: Path) -> None:
+    file = tmp_path / "in.csv"
+    pl.DataFrame({"key": ["x", "y", "x"], "word": ["one", "two", "three"]}).write_csv(file)
+    how = ["--template", "say {word}", "--model", "m", "--endpoint", "/v1/completions"]
+    assert (await penstock(server, "validate", file, *how)).out == "3 requests to /v1/completions: fine\n"
+    twice = await penstock(server, "validate", file, *how, "--id-column", "key")
+    assert (twice.code, twice.out) == (1, "line 3: duplicate_custom_id: The custom_id of line 1 is used again.\n")
+    missing = await penstock(server, "validate", file, "--template", "{answer}", "--model", "m")
+    assert (missing.code, "no column answer; there are key, word" in missing.err) == (2, True)
+    assert (await penstock(server, "validate", file)).code == 2
+
+
 async def test_no_server(server: BatchServer) -> None:
     server.url = "http://127.0.0.1:9"
     done = await penstock(server, "status", "batch_x")

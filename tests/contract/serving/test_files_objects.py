@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from penstock.serving.files.objects import (
     PART_BYTES,
+    PART_LIFETIME_S,
     WRITE_BYTES,
     ObjectMissing,
     ObjectStore,
@@ -97,6 +101,42 @@ async def test_a_folder_keeps_nothing_of_what_broke_off(tmp_path: Path) -> None:
     task.cancel()
     await asyncio.wait([task])
     assert list(_files(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "/", "/etc/hosts", "../b", "a/../../b", "a//b", "a/", "*", "file-*", "file-[0-9]", "a?", "a\n"],
+)
+async def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+    store = ObjectStore(FilesSettings(root=str(tmp_path / "files")))
+    (tmp_path / "b").write_bytes(b"not ours")
+    await store.put("file-1", b"x")
+    for refused in (store.put(name, b"y"), store.get(name), read(store, name), store.delete(name)):
+        with pytest.raises(ValueError, match="no object's name"):
+            await refused
+    assert await store.get("file-1") == b"x"
+    assert (tmp_path / "b").read_bytes() == b"not ours"
+
+
+async def test_a_sweep_of_a_folder_in_which_others_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of segments is removed just when the sweep is about to look into it."""
+    store = ObjectStore(FilesSettings(root=str(tmp_path)))
+    await store.put("segments/a/1", b"x")
+    for name in ("segments/old.part", "segments/a/old.part", "new.part"):
+        (tmp_path / name).write_bytes(b"half")
+        age_s = 0 if name == "new.part" else 2 * PART_LIFETIME_S
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    look = os.scandir
+
+    def removed_before(path: Any) -> Any:
+        if str(path).endswith("segments/a"):
+            shutil.rmtree(path)
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", removed_before)
+    await store.sweep()
+    monkeypatch.undo()
+    assert [path.name for path in _files(tmp_path)] == ["new.part"]
 
 
 def _files(folder: Path) -> Iterator[Path]:

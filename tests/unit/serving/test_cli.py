@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -43,6 +44,16 @@ def test_every_command_has_help(words: list[str]) -> None:
     done = penstock(*words, "--help")
     assert done.returncode == 0
     assert f"Usage: python -m penstock.serving.cli {' '.join(words)}" in done.stdout
+
+
+def test_a_local_batch_may_be_of_any_length(tmp_path: Path) -> None:
+    """The last line's mistake is what keeps this one from being run."""
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "penstock-demo"}}
+    lines = tmp_path / "in.jsonl"
+    lines.write_text("".join(json.dumps(line | {"custom_id": name}) + "\n" for name in "abb"))
+    done = penstock("batch", "run", str(lines), "-o", str(tmp_path / "out"), PENSTOCK_BATCHES_MAX_LINES="1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "line 3: duplicate_custom_id: The custom_id of line 2 is used again.\n"
 
 
 def test_version() -> None:
