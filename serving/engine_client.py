@@ -180,6 +180,10 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         else:
             self._reader.rewind(local)
 
+    def drain(self) -> None:
+        """This ingress is to end."""
+        self.draining = True
+
     def leave(self, request_ids: list[str]) -> None:
         """The client of these is gone. Their generation goes on for a while: it may come back, here or elsewhere."""
         for local in request_ids:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 from argparse import Namespace
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -41,6 +40,7 @@ from penstock.serving.edge.streams import Kept
 from penstock.serving.files.settings import FilesSettings
 from penstock.serving.handlers import Handlers
 from penstock.serving.readiness import Readiness
+from penstock.serving.server import Server, serve_beside
 from penstock.serving.settings import IngressSettings
 from penstock.serving.tenants import KeyStore, open_authenticator
 
@@ -169,24 +169,7 @@ def vllm_arguments(settings: IngressSettings, model: ModelSettings) -> Namespace
     return args
 
 
-async def serve_beside(server: uvicorn.Server, batch_work: asyncio.Task[None]) -> None:
-    """Serve until SIGTERM, or until the work on batches has failed, and then raise what it failed of.
-
-    An ingress without it would take in batches that nobody works on.
-    """
-
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled():
-            log.error("batch_work_failed", exc_info=task.exception())
-            server.should_exit = True
-
-    batch_work.add_done_callback(ended)
-    await server.serve()
-    if batch_work.done():
-        batch_work.result()
-
-
-def _server(app: Any, settings: IngressSettings, engine: QueueClient) -> _Server:
+def _server(app: Any, settings: IngressSettings, engine: QueueClient) -> Server:
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -198,20 +181,7 @@ def _server(app: Any, settings: IngressSettings, engine: QueueClient) -> _Server
         timeout_graceful_shutdown=DRAIN_S,
     )
     log.info("ingress_listening", host=settings.host, port=settings.port)
-    return _Server(config, engine)
-
-
-class _Server(uvicorn.Server):
-    """Open streams go on for a while after SIGTERM. Clients that are cut off then resume elsewhere, so nothing they
-    read is stopped."""
-
-    def __init__(self, config: uvicorn.Config, engine: QueueClient) -> None:
-        super().__init__(config)
-        self._engine = engine
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._engine.draining = True
-        await super().shutdown(sockets)
+    return Server(config, leaving=engine.drain)
 
 
 def main() -> None:

@@ -1,14 +1,17 @@
-"""An ingress ends when its work on batches has failed."""
+"""An ingress ends when its work on batches has failed, and in order when it is told to."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
 
 import pytest
 import uvicorn
 
 from penstock.serving.edge.asgi import Receive, Scope, Send
-from penstock.serving.ingress import serve_beside
+from penstock.serving.server import serve_beside
 from tests.support.waiting import eventually_async
 
 pytestmark = [pytest.mark.unit, pytest.mark.asyncio]
@@ -62,3 +65,35 @@ async def test_it_serves_until_it_is_told_to_end() -> None:
     await serving
     assert not work.done()
     work.cancel()
+
+
+TOLD = """
+import asyncio, os, signal, uvicorn
+from penstock.serving.server import Server, serve_beside
+
+async def app(scope, receive, send):
+    raise AssertionError("nobody asks")
+
+async def main():
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", ws="none")
+    server = Server(config, leaving=lambda: print("leaving"))
+    work = asyncio.create_task(asyncio.Event().wait())
+    serving = asyncio.create_task(serve_beside(server, work))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    os.kill(os.getpid(), signal.{name})
+    await serving
+    work.cancel()
+    print("closed")
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_what_comes_after_serving_is_done_as_well(number: signal.Signals) -> None:
+    """Uvicorn by itself raises the signal again, and that ends the process."""
+    script = TOLD.replace("{name}", number.name)
+    command = [sys.executable, "-c", script]
+    ended = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60)
+    assert (ended.stdout.split(), ended.returncode) == (["leaving", "closed"], 0), ended.stderr
