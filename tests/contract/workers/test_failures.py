@@ -162,6 +162,29 @@ async def test_redis_outage_is_nobodys_death(lossy: Cluster) -> None:
     await lossy.drained()
 
 
+async def test_full_redis_is_nobodys_death(lossy: Cluster) -> None:
+    """[I8] It answers what is asked, and refuses every heartbeat until the last lease has run out."""
+    worker = lossy.add(held=True)
+    running = lossy.dispatch(max_attempts=1)
+    record = await lossy.send(5, {"max_tokens": 40})
+    worker.engine.allow(3)
+    await lossy.emitted(record, 3)
+    await lossy.client.config_set("maxmemory", 1)
+
+    async def lapsed() -> bool:
+        return not await lossy.client.exists(f"{lossy.settings.namespace}replica:{worker.id}")
+
+    await lossy.until(lapsed, "its lease has run out")
+    noticed = running.dispatcher._judging_from
+    await lossy.until(lambda: running.dispatcher._judging_from > noticed, "the dispatcher has looked since")
+    await lossy.client.config_set("maxmemory", 0)
+    worker.engine.allow()
+    await lossy.completes(record)
+    assert (await lossy.field(record, "attempt"), await lossy.field(record, "deaths")) == ("1", "0")
+    assert await lossy.dead_letters() == []
+    await lossy.drained()
+
+
 async def test_batch_leaves_room_for_the_urgent(mixed: Cluster) -> None:
     """[I9] However much batch work there is, an interactive request starts at once."""
     worker = mixed.add(held=True, max_num_seqs=10)
