@@ -120,6 +120,8 @@ class EventKind(StrEnum):
 
     DONE = "done"
     """The end is in the token log."""
+    GIVEN_UP = "given_up"
+    """It ended because too many replicas died with it: it is for the dead letters."""
     PREFILLED = "prefilled"
     """``replica`` runs it now; the prefill replica that handed it over has room again."""
     LOADED = "loaded"

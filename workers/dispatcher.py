@@ -132,6 +132,8 @@ class Dispatcher:
     async def _refused(self, errand: Errand, answer: Dispatched) -> None:
         if answer.status is DispatchStatus.DONE:
             await self._endings.complete([errand])
+        elif answer.status is DispatchStatus.GIVEN_UP:
+            await self._endings.bury([errand])
         elif answer.status is DispatchStatus.CANCELLED:
             await self._endings.abort(errand)
         elif answer.status is DispatchStatus.EMITTED:
@@ -187,6 +189,7 @@ class Dispatcher:
         known = [(errand, event) for event in events if (errand := self._books.errands.get(event.id)) is not None]
         done = [errand for errand, event in known if event.kind is EventKind.DONE]
         await self._endings.complete(await self._ended(done))
+        await self._endings.bury([errand for errand, event in known if event.kind is EventKind.GIVEN_UP])
         for errand, event in known:
             if not errand.ended and errand.target:
                 self._moved(errand, event)

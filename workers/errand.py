@@ -28,7 +28,8 @@ class Errand:
     inbox gets it; ``decode`` the replica that generates (the same, unless it goes through the prefill pool first);
     ``source`` the prefill replica whose KV cache ``decode`` has yet to read. All are empty while it waits. ``deaths``
     counts the replicas that died or failed with it since it last got on well; those that failed are in ``avoid``;
-    ``stuck`` that the last of them died before it had got far; ``alone`` that it has its target for itself.
+    ``stuck`` that the last of them died before it had got far; ``alone`` that it has its target for itself. With a
+    ``verdict`` it was given up for this reason, and goes to the dead letters.
     """
 
     def __init__(self, delivery: Delivery) -> None:
@@ -41,6 +42,7 @@ class Errand:
         self.avoid: set[str] = set()
         self.force = False
         self.ended = False
+        self.verdict = ""
         self.stage = Stage.WHOLE
         self.target = ""
         self.decode = ""

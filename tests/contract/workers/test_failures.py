@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from penstock.queue.dead_letters import retry
+from penstock.queue.protocol import Delivery
 from penstock.queue.records import PriorityClass, decode_record
 from penstock.queue.registry import LEASE_S
 from penstock.workers.dispatcher import SUSPECTS
@@ -123,6 +124,57 @@ async def test_failure_everywhere_is_told(mixed: Cluster) -> None:
     await mixed.fails(record, "engine_failed")
     assert worker.engine.refused == 3
     assert len(await mixed.dead_letters()) == 1
+    await mixed.drained()
+
+
+@pytest.mark.parametrize("lettered", [False, True], ids=["before the letter", "after the letter"])
+async def test_dispatcher_dies_while_it_gives_up(
+    mixed: Cluster, monkeypatch: pytest.MonkeyPatch, lettered: bool
+) -> None:
+    """[I5] Its successor does what is missing: the stream ends once, and there is one dead letter."""
+    running = mixed.dispatch(max_attempts=1)
+    mixed.shape |= {"max_attempts": 1}
+    bury, reached = running.queue.dead_letter, asyncio.Event()
+
+    async def die_beside(delivery: Delivery, reason: str) -> None:
+        if lettered:
+            await bury(delivery, reason)
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(running.queue, "dead_letter", die_beside)
+    worker = mixed.add(held=True)
+    record = await mixed.send()
+    await mixed.running_on(record, worker)
+    worker.die()
+    await mixed.until(reached.is_set, "it gives up")
+    await mixed.replace(running)
+    mixed.add()
+    await mixed.fails(record, "engine_failed")
+    await mixed.drained()
+    (letter,) = await mixed.dead_letters()
+    assert letter.record().id == record.id
+
+
+async def test_what_another_dispatcher_knows_counts(mixed: Cluster) -> None:
+    """[I8] One that was adopted and got on well meanwhile is not given up by whom nobody told."""
+    running = mixed.dispatch(max_attempts=2)
+    record = await mixed.send(5, {"max_tokens": 60})
+    first = mixed.add(held=True)
+    await mixed.running_on(record, first)
+    await asyncio.to_thread(first.die)
+    second = mixed.add(held=True)
+    await mixed.running_on(record, second)
+    state = f"{mixed.settings.namespace}req:{record.id}"
+    await mixed.client.hset(state, "dispatcher", "dispatcher:another")  # as after a rebalance
+    second.engine.allow(PROBATION_TOKENS + 5)
+    await mixed.emitted(record, PROBATION_TOKENS + 5)
+    assert running.dispatcher._books.errands[record.id].deaths == 1
+    await asyncio.to_thread(second.die)
+    mixed.add()
+    await mixed.completes(record)
+    assert await mixed.field(record, "runs") == "3"
+    assert await mixed.dead_letters() == []
     await mixed.drained()
 
 
