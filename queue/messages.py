@@ -115,6 +115,19 @@ class Inbound(msgspec.Struct, array_like=True, frozen=True):
     fence: int = 0
 
 
+class _Work(msgspec.Struct, array_like=True, frozen=True):
+    kind: str
+    id: str
+
+
+class Address(msgspec.Struct, array_like=True, frozen=True):
+    """What an :class:`Inbound` of a later release says as well: which attempt of which request it brings."""
+
+    attempt: int
+    work: _Work
+    fence: int = 0
+
+
 class EventKind(StrEnum):
     """What a dispatcher is told of a request it owns."""
 
@@ -161,6 +174,7 @@ def lua_string(data: bytes) -> msgspec.Raw:
 
 
 decode_inbound = msgspec.msgpack.Decoder(Inbound).decode
+decode_address = msgspec.msgpack.Decoder(Address).decode
 decode_delivered = msgspec.msgpack.Decoder(list[Delivered]).decode
 decode_events = msgspec.msgpack.Decoder(list[Event]).decode
 decode_frame = msgspec.msgpack.Decoder(Frame).decode

@@ -23,7 +23,7 @@ from penstock.queue.messages import EventKind, Finish, Stage, StreamError
 from penstock.queue.token_log import Append, AppendStatus, TokenWriter
 from penstock.workers.engine import Engine, Output
 from penstock.workers.metrics import EngineMetrics
-from penstock.workers.stream import Stream
+from penstock.workers.stream import Assignment, Stream
 
 TRANSFER_POLL_S = 0.0005
 """Pause between steps that run nothing, because a KV cache is being read or a grammar compiled: lets those threads have
@@ -65,9 +65,9 @@ class Forget(NamedTuple):
 
 
 class Refuse(NamedTuple):
-    """A request that could not be prepared: append its error."""
+    """A request that could not be prepared, or not even read: append its error."""
 
-    stream: Stream
+    stream: Assignment
     error: StreamError
 
 
@@ -78,7 +78,7 @@ class GiveBack(NamedTuple):
 
 
 Item = Admit | Cancel | Forget | Refuse | GiveBack
-Produced = tuple[Stream, Output | EventKind]
+Produced = tuple[Assignment, Output | EventKind]
 """What to append: a step's output, or that the request goes back to its dispatcher and why."""
 
 
@@ -254,7 +254,7 @@ class EngineLoop:
                 time.sleep(STORE_RETRY_S)
 
 
-def _entry(stream: Stream, output: Output | EventKind) -> Append | None:
+def _entry(stream: Assignment, output: Output | EventKind) -> Append | None:
     return stream.give_back(output) if isinstance(output, EventKind) else stream.append(output)
 
 

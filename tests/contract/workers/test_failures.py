@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from penstock.queue.dead_letters import retry
+from penstock.queue.messages import EventKind, encode, lua_string
 from penstock.queue.protocol import Delivery
-from penstock.queue.records import PriorityClass, decode_record
+from penstock.queue.records import SCHEMA_VERSION, PriorityClass, decode_record
 from penstock.queue.registry import LEASE_S
+from penstock.queue.token_log import Dispatch, DispatchStatus
+from penstock.workers import errand
 from penstock.workers.dispatcher import SUSPECTS
 from penstock.workers.errand import PROBATION_TOKENS
 from tests.contract.workers.cluster import Cluster, Worker
@@ -113,6 +117,34 @@ async def test_replica_that_fails_on_a_request_is_avoided(mixed: Cluster) -> Non
     await mixed.completes(record)
     assert len(sound.engine.started) == 1
     await mixed.drained()
+
+
+async def test_record_that_no_engine_reads_is_told(mixed: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[I5, I7] A dispatcher of a later release wrote it: every engine gives it back, and none dies of it."""
+    with monkeypatch.context() as later:
+        later.setattr(errand, "_for_engine", lambda record: msgspec.structs.replace(record, v=SCHEMA_VERSION + 1))
+        mixed.dispatch(max_attempts=2)
+        worker = mixed.add()
+        record = await mixed.send()
+        await mixed.fails(record, "engine_failed")
+    await mixed.completes(await mixed.send())
+    assert (await mixed.field(record, "runs"), len(worker.engine.started)) == ("2", 1)
+    await mixed.drained()
+
+
+@pytest.mark.parametrize("work", [["run", "r", "a stage to come"], ["a kind to come", "r"], [["nonsense"]]], ids=str)
+async def test_work_that_an_engine_does_not_know(mixed: Cluster, work: list[object]) -> None:
+    """[I7] What names its request goes back to the dispatcher, the rest is passed over."""
+    worker = mixed.add()
+    mixed.dispatch()
+    await mixed.completes(await mixed.send())
+    entry = Dispatch("r", 0, "nobody", worker.id, lua_string(encode(work)), "acme")
+    assert [answer.status for answer in await mixed.log.dispatch("nobody", [entry])] == [DispatchStatus.OK]
+    await mixed.completes(await mixed.send())
+    known = work[-1] != ["nonsense"]
+    assert [event.kind for event in await mixed.log.states({"r": 1})] == [
+        EventKind.LOST if known else EventKind.PREFILLED
+    ]
 
 
 async def test_failure_everywhere_is_told(mixed: Cluster) -> None:
