@@ -22,6 +22,7 @@ from penstock.queue.errors import (
 )
 from penstock.queue.mailbox import Mailbox
 from penstock.queue.messages import Event, EventKind, Stage, decode_events
+from penstock.queue.pauses import jittered
 from penstock.queue.protocol import RequestQueue
 from penstock.queue.registry import LEASE_S, Registry
 from penstock.queue.settings import RedisSettings
@@ -98,7 +99,7 @@ class Dispatcher:
                 await self._dispatch(placed)
             except TransientError as error:
                 self._delayed("dispatch_paused", error)
-                await asyncio.sleep(OUTAGE_PAUSE_S)
+                await asyncio.sleep(jittered(OUTAGE_PAUSE_S))
                 self._books.placeable.set()
 
     async def _dispatch(self, placed: Sequence[Errand]) -> None:

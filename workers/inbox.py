@@ -18,6 +18,7 @@ import structlog
 
 from penstock.queue.errors import InvalidRecord, RequestError, StoreUnavailable
 from penstock.queue.messages import Abort, Inbound, Run, Stage, StreamError, decode_address, decode_inbound, encode
+from penstock.queue.pauses import jittered
 from penstock.queue.records import decode_record
 from penstock.queue.redis_client import store_errors
 from penstock.queue.settings import RedisSettings
@@ -61,7 +62,7 @@ class Inbox:
                 time.sleep(HAND_OFF_S)  # before the next read, which takes the interpreter that the engine wants now
             except StoreUnavailable as error:
                 log.warning("inbox_unavailable", error=str(error))
-                self._stopped.wait(RETRY_S)
+                self._stopped.wait(jittered(RETRY_S))
 
     def stop(self) -> None:
         """Let :meth:`run` return; an abort of nothing wakes the read under way."""

@@ -20,6 +20,7 @@ import structlog
 
 from penstock.queue.errors import StoreUnavailable
 from penstock.queue.messages import EventKind, Finish, Stage, StreamError
+from penstock.queue.pauses import jittered
 from penstock.queue.token_log import Append, AppendStatus, TokenWriter
 from penstock.workers.engine import Engine, Output
 from penstock.workers.metrics import EngineMetrics
@@ -251,7 +252,7 @@ class EngineLoop:
                 return self._log.append(entries)
             except StoreUnavailable as error:
                 log.warning("token_log_unavailable", error=str(error), entries=len(entries))
-                time.sleep(STORE_RETRY_S)
+                time.sleep(jittered(STORE_RETRY_S))
 
 
 def _entry(stream: Assignment, output: Output | EventKind) -> Append | None:
