@@ -97,6 +97,7 @@ class EngineLoop:
         self._unread: set[str] = set()
         self._seen_at = time.monotonic()
         self._pause_s = 0.0
+        self._working = False
         self._threads = [
             Thread(target=fatal(self._run_engine), name="engine", daemon=True),
             Thread(target=fatal(self._run_writer), name="token-writer", daemon=True),
@@ -119,8 +120,8 @@ class EngineLoop:
 
     @property
     def idle(self) -> bool:
-        """Whether no request runs here. From any thread."""
-        return not self._streams and self._inbox.empty() and self._outbox.empty()
+        """Whether no request runs here, and nobody has yet to read a KV cache from here. From any thread."""
+        return not self._working and not self._streams and self._inbox.empty() and self._outbox.empty()
 
     # -- engine thread
 
@@ -134,7 +135,8 @@ class EngineLoop:
 
     def _take(self) -> bool:
         """Take all there is; wait for something while there is nothing better to do. False: stop."""
-        wait = self._pause_s if self._engine.has_work() else None
+        self._working = self._engine.has_work()
+        wait = self._pause_s if self._working else None
         with suppress(Empty):
             while (item := self._inbox.get(timeout=wait)) is not None:
                 if not self._engine.has_work():
