@@ -115,11 +115,26 @@ class Inbound(msgspec.Struct, array_like=True, frozen=True):
     fence: int = 0
 
 
+class _Work(msgspec.Struct, array_like=True, frozen=True):
+    kind: str
+    id: str
+
+
+class Address(msgspec.Struct, array_like=True, frozen=True):
+    """What an :class:`Inbound` of a later release says as well: which attempt of which request it brings."""
+
+    attempt: int
+    work: _Work
+    fence: int = 0
+
+
 class EventKind(StrEnum):
     """What a dispatcher is told of a request it owns."""
 
     DONE = "done"
     """The end is in the token log."""
+    GIVEN_UP = "given_up"
+    """It ended because too many replicas died with it: it is for the dead letters."""
     PREFILLED = "prefilled"
     """``replica`` runs it now; the prefill replica that handed it over has room again."""
     LOADED = "loaded"
@@ -159,6 +174,7 @@ def lua_string(data: bytes) -> msgspec.Raw:
 
 
 decode_inbound = msgspec.msgpack.Decoder(Inbound).decode
+decode_address = msgspec.msgpack.Decoder(Address).decode
 decode_delivered = msgspec.msgpack.Decoder(list[Delivered]).decode
 decode_events = msgspec.msgpack.Decoder(list[Event]).decode
 decode_frame = msgspec.msgpack.Decoder(Frame).decode

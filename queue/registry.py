@@ -115,12 +115,18 @@ class Registry:
         self._client = client
         self._ns = settings.namespace
         self._members = _members(settings)
+        self._written = f"{settings.namespace}written"
         self._vanished = client.register_script(script("vanished"))
 
     async def alive(self) -> dict[str, Replica]:
-        """Replicas with a valid lease by id. Forgets those whose lease ran out, or whose process is gone."""
+        """Replicas with a valid lease by id. Forgets those whose lease ran out, or whose process is gone.
+
+        Raises:
+            StoreUnavailable: Redis did not answer, or takes no writes: then nobody can renew a lease, and that none is
+                valid says nothing about replicas.
+        """
         with store_errors():
-            members = cast(set[bytes], await self._client.smembers(self._members))
+            members = await self._listed()
             ids = sorted(member.decode() for member in members)
             if not ids:
                 return {}
@@ -130,6 +136,14 @@ class Registry:
             if len(replicas) < len(ids):
                 await self._forget([id_ for id_ in ids if id_ not in replicas])
         return replicas
+
+    async def _listed(self) -> set[bytes]:
+        """Who renewed a lease here and is not forgotten; with a write of the kind that a full Redis refuses."""
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.set(self._written, 1, px=int(LEASE_S * 1000))
+        pipeline.smembers(self._members)
+        _, members = await pipeline.execute()
+        return cast(set[bytes], members)
 
     async def _leases(self, ids: Sequence[str]) -> tuple[dict[str, Replica], list[str]]:
         """Those that have one, and which of them are late to renew it."""

@@ -89,6 +89,7 @@ class DispatchStatus(StrEnum):
     ADOPTED = "adopted"
     EMITTED = "emitted"
     DONE = "done"
+    GIVEN_UP = "given_up"
     CANCELLED = "cancelled"
     NO_REPLICA = "no_replica"
 
@@ -110,6 +111,7 @@ KEEP_S = 5.0
 (one, and one more while the disk is slow)."""
 REFILL_BATCH = 2000
 """Entries appended again in one call: some ten milliseconds of Redis."""
+_Judged = tuple[EventKind | None, int]
 _STATUSES = {status.value.encode(): status for status in AppendStatus}
 
 
@@ -222,7 +224,15 @@ class RequestLog:
         batch = [(id_, reply_to, lua_string(encode(frame))) for id_, reply_to, frame in entries]
         with store_errors():
             answer = await self._finish(args=(self._ns, self._retention_ms, encode(batch)))
-        return [bool(ended) for ended in answer]
+        return [status == b"ended" for status, _ in answer]
+
+    async def give_up(self, id_: str, reply_to: str, frame: Frame, attempt: int, most: int) -> _Judged:
+        """End one for the dead letters, if ``most`` replicas or more died or failed with it, and ``attempt`` is still
+        the last. Returns how it stands now (GIVEN_UP, DONE, or None: it was kept), and how many did."""
+        entry = (id_, reply_to, lua_string(encode(frame)), attempt, most)
+        with store_errors():
+            ((status, deaths),) = await self._finish(args=(self._ns, self._retention_ms, encode([entry])))
+        return EventKind(status.decode()) if status else None, deaths
 
     async def cancel(self, ids: Sequence[str]) -> int:
         """Cancel wherever they are; returns how many were still live."""
@@ -273,7 +283,7 @@ def _state(
     known: int, attempt: bytes | None, done: bytes | None, lost: bytes | None, replica: bytes | None
 ) -> EventKind | None:
     if done is not None:
-        return EventKind.DONE
+        return EventKind.GIVEN_UP if done == b"given_up" else EventKind.DONE
     if attempt is None or int(attempt) < known:
         return EventKind.GONE
     if lost is not None:

@@ -22,6 +22,7 @@ from penstock.queue.errors import (
 )
 from penstock.queue.mailbox import Mailbox
 from penstock.queue.messages import Event, EventKind, Stage, decode_events
+from penstock.queue.pauses import jittered
 from penstock.queue.protocol import RequestQueue
 from penstock.queue.registry import LEASE_S, Registry
 from penstock.queue.settings import RedisSettings
@@ -97,8 +98,8 @@ class Dispatcher:
                 self._books.puller.look()
                 await self._dispatch(placed)
             except TransientError as error:
-                log.warning("dispatch_paused", error=str(error))
-                await asyncio.sleep(OUTAGE_PAUSE_S)
+                self._delayed("dispatch_paused", error)
+                await asyncio.sleep(jittered(OUTAGE_PAUSE_S))
                 self._books.placeable.set()
 
     async def _dispatch(self, placed: Sequence[Errand]) -> None:
@@ -126,12 +127,14 @@ class Dispatcher:
             try:
                 await self._refused(errand, answer)
             except TransientError as error:
-                log.warning("dispatch_retried", request_id=errand.id, error=str(error))
+                self._delayed("dispatch_retried", error, request_id=errand.id)
                 self._books.wait(errand)
 
     async def _refused(self, errand: Errand, answer: Dispatched) -> None:
         if answer.status is DispatchStatus.DONE:
             await self._endings.complete([errand])
+        elif answer.status is DispatchStatus.GIVEN_UP:
+            await self._endings.bury([errand])
         elif answer.status is DispatchStatus.CANCELLED:
             await self._endings.abort(errand)
         elif answer.status is DispatchStatus.EMITTED:
@@ -157,7 +160,7 @@ class Dispatcher:
             try:
                 await self._handle(decode_events(payload) if payload is not None else await self._reconnected())
             except TransientError as error:
-                log.warning("event_delayed", error=str(error))
+                self._delayed("event_delayed", error)
 
     async def _reconnected(self) -> list[Event]:
         self._redis_was_away()
@@ -166,6 +169,12 @@ class Dispatcher:
     def _redis_was_away(self) -> None:
         self._judging_from = time.monotonic() + AMNESTY_S
         self._in_doubt = True
+
+    def _delayed(self, event: str, error: TransientError, **about: str) -> None:
+        """Something is to be tried again. A Redis that did not answer us may have refused heartbeats as well."""
+        if isinstance(error, StoreUnavailable):
+            self._redis_was_away()
+        log.warning(event, error=str(error), **about)
 
     @property
     def _judging(self) -> bool:
@@ -181,6 +190,7 @@ class Dispatcher:
         known = [(errand, event) for event in events if (errand := self._books.errands.get(event.id)) is not None]
         done = [errand for errand, event in known if event.kind is EventKind.DONE]
         await self._endings.complete(await self._ended(done))
+        await self._endings.bury([errand for errand, event in known if event.kind is EventKind.GIVEN_UP])
         for errand, event in known:
             if not errand.ended and errand.target:
                 self._moved(errand, event)
@@ -241,8 +251,7 @@ class Dispatcher:
                     self._in_doubt = False
                     await self._handle(await self._missed())
             except TransientError as error:
-                self._redis_was_away()
-                log.warning("refresh_failed", error=str(error))
+                self._delayed("refresh_failed", error)
             await asyncio.sleep(REFRESH_S)
 
     async def _report(self) -> None:
@@ -253,7 +262,7 @@ class Dispatcher:
             try:
                 await write_backlog(self._client, self._settings, self._pool, await self._queue.depth())
             except TransientError as error:
-                log.warning("backlog_not_reported", error=str(error))
+                self._delayed("backlog_not_reported", error)
             await asyncio.sleep(REPORT_S)
 
     async def _refresh(self) -> None:

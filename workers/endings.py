@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import structlog
 
 from penstock.queue.errors import DeadlineExceeded, EngineFailed, PenstockError, TransientError
-from penstock.queue.messages import TERMINAL, Finish, Frame, StreamError
+from penstock.queue.messages import TERMINAL, EventKind, Finish, Frame, StreamError
 from penstock.queue.protocol import RequestQueue
 from penstock.queue.records import now_ms
 from penstock.queue.token_log import RequestLog
@@ -18,14 +18,16 @@ log = structlog.get_logger()
 
 
 class Endings:
-    """Writes the end into the token log first, then completes the request in the queue: a death in between repeats
-    the second step only. ``max_attempts``: deaths of replicas after which a request is given up."""
+    """Writes the end into the token log first, then completes the request in the queue, or moves it to the dead
+    letters: a death in between repeats the second step only, and Redis tells which it is. ``max_attempts``: deaths of
+    replicas after which a request is given up."""
 
     def __init__(self, queue: RequestQueue, log_: RequestLog, books: Books, max_attempts: int) -> None:
         self._queue = queue
         self._log = log_
         self._books = books
         self._max_attempts = max_attempts
+        self._verdict = EngineFailed(f"{max_attempts} replicas died while running this request")
         self._uncompleted: list[Errand] = []
 
     async def expire(self, errands: Iterable[Errand]) -> None:
@@ -50,6 +52,12 @@ class Endings:
         """End one that was cancelled."""
         await self._end(errand, Frame(TERMINAL, [], finish=Finish.ABORT))
 
+    async def bury(self, errands: Sequence[Errand]) -> None:
+        """Move to the dead letters what was given up in the log."""
+        for errand in errands:
+            errand.verdict = str(self._verdict)
+        await self.complete(errands)
+
     async def complete(self, errands: Sequence[Errand]) -> None:
         """Finish in the queue what has its end in the log. If the broker is away, by :meth:`complete_late`."""
         if not errands:
@@ -57,7 +65,7 @@ class Endings:
         for errand in errands:
             self._books.forget(errand)
         try:
-            await self._queue.complete([delivery for errand in errands for delivery in errand.deliveries])
+            await self._settle(errands)
             self._uncompleted = [errand for errand in self._uncompleted if errand not in errands]
         except TransientError as error:
             log.warning("completion_delayed", error=str(error), requests=len(errands))
@@ -67,12 +75,21 @@ class Endings:
         """Try again what the broker was away for."""
         await self.complete(self._uncompleted)
 
+    async def _settle(self, errands: Sequence[Errand]) -> None:
+        await self._queue.complete([lent for errand in errands if not errand.verdict for lent in errand.deliveries])
+        for errand in errands:
+            for lent in errand.deliveries if errand.verdict else ():
+                await self._queue.dead_letter(lent, errand.verdict)
+
     async def _give_up(self, errand: Errand) -> None:
-        error = EngineFailed(f"{errand.deaths} replicas died while running this request")
-        for delivery in errand.deliveries:
-            await self._queue.dead_letter(delivery, str(error))
-        await self._log.finish([(errand.id, errand.record.reply_to, _frame(error))])
-        self._books.forget(errand)
+        """Unless Redis knows better: another dispatcher may have had it since, and seen it get on well."""
+        end, most = _frame(self._verdict), self._max_attempts
+        stands, deaths = await self._log.give_up(errand.id, errand.record.reply_to, end, errand.attempt, most)
+        if stands is None:
+            log.info("not_given_up", request_id=errand.id, deaths=deaths, deaths_known_here=errand.deaths)
+            errand.deaths = deaths
+        else:
+            await (self.bury if stands is EventKind.GIVEN_UP else self.complete)([errand])
 
     async def _end(self, errand: Errand, frame: Frame) -> None:
         await self._log.finish([(errand.id, errand.record.reply_to, frame)])

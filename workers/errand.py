@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import time
 
 import msgspec
 
 from penstock.queue.messages import Run, Stage, encode, lua_string
+from penstock.queue.pauses import jittered
 from penstock.queue.protocol import Delivery
 from penstock.queue.records import Record, encode_record
 from penstock.queue.token_log import Dispatch
@@ -19,6 +19,8 @@ PROBATION_TOKENS = 16
 token is not enough: what kills decode replicas would never be found out."""
 BACKOFF_S = 0.25
 """Pause before the third try, doubled with each further one. The second comes at once: most deaths are a machine's."""
+BACKOFF_MAX_S = 30.0
+"""No pause is longer, but for its jitter: doubled without a bound it would soon outlast who waits for the answer."""
 
 
 class Errand:
@@ -28,7 +30,8 @@ class Errand:
     inbox gets it; ``decode`` the replica that generates (the same, unless it goes through the prefill pool first);
     ``source`` the prefill replica whose KV cache ``decode`` has yet to read. All are empty while it waits. ``deaths``
     counts the replicas that died or failed with it since it last got on well; those that failed are in ``avoid``;
-    ``stuck`` that the last of them died before it had got far; ``alone`` that it has its target for itself.
+    ``stuck`` that the last of them died before it had got far; ``alone`` that it has its target for itself. With a
+    ``verdict`` it was given up for this reason, and goes to the dead letters.
     """
 
     def __init__(self, delivery: Delivery) -> None:
@@ -41,6 +44,7 @@ class Errand:
         self.avoid: set[str] = set()
         self.force = False
         self.ended = False
+        self.verdict = ""
         self.stage = Stage.WHOLE
         self.target = ""
         self.decode = ""
@@ -98,7 +102,7 @@ class Errand:
         """So many replicas died or failed with it: the more, the longer it waits, and never in step with others."""
         self.deaths = deaths
         if deaths > 1:
-            self._not_before = time.monotonic() + BACKOFF_S * 2 ** (deaths - 2) * random.uniform(0.5, 1.5)
+            self._not_before = time.monotonic() + jittered(min(BACKOFF_MAX_S, BACKOFF_S * 2.0 ** (deaths - 2)))
 
     def got_far(self, position: int) -> bool:
         """Whether its last run shows no sign of trouble, the log being at ``position``: of a replay it cannot tell."""

@@ -54,7 +54,8 @@ class EngineHost:
         self._heart.start()
 
     def drain(self, grace_s: float) -> None:
-        """Take nothing more, and return when what runs has ended, or after the grace; then :meth:`stop`.
+        """Take nothing more, and return when what runs has ended, and what others read from here was read, or after the
+        grace; then :meth:`stop`.
 
         What has not been prepared yet goes back to its dispatcher. What still runs after the grace goes on elsewhere,
         from the token after the last.

@@ -12,17 +12,19 @@ import time
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 import redis
 import structlog
 
-from penstock.queue.errors import RequestError, StoreUnavailable
-from penstock.queue.messages import Abort, Inbound, Run, Stage, StreamError, decode_inbound, encode
+from penstock.queue.errors import InvalidRecord, RequestError, StoreUnavailable
+from penstock.queue.messages import Abort, Inbound, Run, Stage, StreamError, decode_address, decode_inbound, encode
+from penstock.queue.pauses import jittered
 from penstock.queue.records import decode_record
 from penstock.queue.redis_client import store_errors
 from penstock.queue.settings import RedisSettings
 from penstock.workers.engine import Engine
 from penstock.workers.loop import HAND_OFF_S, Admit, Cancel, EngineLoop, GiveBack, Refuse
-from penstock.workers.stream import Stream
+from penstock.workers.stream import Assignment, Stream
 
 BLOCK_S = 2
 """How long one read waits. Below the connection's command timeout, so that silence is not taken for a dead Redis."""
@@ -56,11 +58,11 @@ class Inbox:
         while not self._stopped.is_set():
             try:
                 for entry in self._read():
-                    self._receive(decode_inbound(entry))
+                    self._receive(entry)
                 time.sleep(HAND_OFF_S)  # before the next read, which takes the interpreter that the engine wants now
             except StoreUnavailable as error:
                 log.warning("inbox_unavailable", error=str(error))
-                self._stopped.wait(RETRY_S)
+                self._stopped.wait(jittered(RETRY_S))
 
     def stop(self) -> None:
         """Let :meth:`run` return; an abort of nothing wakes the read under way."""
@@ -81,14 +83,23 @@ class Inbox:
         self._position = entries[-1][0]
         return [fields[b"w"] for _, fields in entries]
 
-    def _receive(self, inbound: Inbound) -> None:
+    def _receive(self, entry: bytes) -> None:
+        try:
+            inbound = decode_inbound(entry)
+        except msgspec.MsgspecError:
+            self._unread(entry)
+            return
         if isinstance(inbound.work, Abort):
             self._loop.submit(Cancel(inbound.work.ids))
         else:
             self._admit(inbound.work, inbound.attempt, inbound.fence)
 
     def _admit(self, run: Run, attempt: int, fence: int) -> None:
-        record = decode_record(bytes(run.record))
+        try:
+            record = decode_record(bytes(run.record))
+        except InvalidRecord:
+            self._give_back(Assignment(run.id, attempt, fence, len(run.emitted)))
+            return
         stream = Stream(run, record, attempt, self._engine.info.block_size, fence)
         if self.draining and stream.stage in (Stage.WHOLE, Stage.PREFILL):
             self._loop.submit(GiveBack(stream))
@@ -102,6 +113,20 @@ class Inbox:
             self._refuse(stream, _BROKEN)
         else:
             self._loop.submit(Admit(stream, prepared))
+
+    def _unread(self, entry: bytes) -> None:
+        """It may come from a later release: give back what it names."""
+        try:
+            address = decode_address(entry)
+        except msgspec.MsgspecError:
+            log.exception("inbox_entry_not_read")
+        else:
+            self._give_back(Assignment(address.work.id, address.attempt, address.fence))
+
+    def _give_back(self, assignment: Assignment) -> None:
+        """Another replica may be able to read it: a failure of this one, and its dispatcher tries elsewhere."""
+        log.warning("request_not_read", request_id=assignment.request_id)
+        self._loop.submit(Refuse(assignment, _BROKEN))
 
     def _refuse(self, stream: Stream, error: StreamError) -> None:
         if stream.stage is not Stage.RELEASE:

@@ -20,10 +20,11 @@ import structlog
 
 from penstock.queue.errors import StoreUnavailable
 from penstock.queue.messages import EventKind, Finish, Stage, StreamError
+from penstock.queue.pauses import jittered
 from penstock.queue.token_log import Append, AppendStatus, TokenWriter
 from penstock.workers.engine import Engine, Output
 from penstock.workers.metrics import EngineMetrics
-from penstock.workers.stream import Stream
+from penstock.workers.stream import Assignment, Stream
 
 TRANSFER_POLL_S = 0.0005
 """Pause between steps that run nothing, because a KV cache is being read or a grammar compiled: lets those threads have
@@ -65,9 +66,9 @@ class Forget(NamedTuple):
 
 
 class Refuse(NamedTuple):
-    """A request that could not be prepared: append its error."""
+    """A request that could not be prepared, or not even read: append its error."""
 
-    stream: Stream
+    stream: Assignment
     error: StreamError
 
 
@@ -78,7 +79,7 @@ class GiveBack(NamedTuple):
 
 
 Item = Admit | Cancel | Forget | Refuse | GiveBack
-Produced = tuple[Stream, Output | EventKind]
+Produced = tuple[Assignment, Output | EventKind]
 """What to append: a step's output, or that the request goes back to its dispatcher and why."""
 
 
@@ -96,6 +97,7 @@ class EngineLoop:
         self._unread: set[str] = set()
         self._seen_at = time.monotonic()
         self._pause_s = 0.0
+        self._working = False
         self._threads = [
             Thread(target=fatal(self._run_engine), name="engine", daemon=True),
             Thread(target=fatal(self._run_writer), name="token-writer", daemon=True),
@@ -118,8 +120,8 @@ class EngineLoop:
 
     @property
     def idle(self) -> bool:
-        """Whether no request runs here. From any thread."""
-        return not self._streams and self._inbox.empty() and self._outbox.empty()
+        """Whether no request runs here, and nobody has yet to read a KV cache from here. From any thread."""
+        return not self._working and not self._streams and self._inbox.empty() and self._outbox.empty()
 
     # -- engine thread
 
@@ -133,7 +135,8 @@ class EngineLoop:
 
     def _take(self) -> bool:
         """Take all there is; wait for something while there is nothing better to do. False: stop."""
-        wait = self._pause_s if self._engine.has_work() else None
+        self._working = self._engine.has_work()
+        wait = self._pause_s if self._working else None
         with suppress(Empty):
             while (item := self._inbox.get(timeout=wait)) is not None:
                 if not self._engine.has_work():
@@ -251,10 +254,10 @@ class EngineLoop:
                 return self._log.append(entries)
             except StoreUnavailable as error:
                 log.warning("token_log_unavailable", error=str(error), entries=len(entries))
-                time.sleep(STORE_RETRY_S)
+                time.sleep(jittered(STORE_RETRY_S))
 
 
-def _entry(stream: Stream, output: Output | EventKind) -> Append | None:
+def _entry(stream: Assignment, output: Output | EventKind) -> Append | None:
     return stream.give_back(output) if isinstance(output, EventKind) else stream.append(output)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import structlog
 
 from penstock.queue.errors import TransientError
+from penstock.queue.pauses import jittered
 from penstock.queue.protocol import Bound, Budget, Delivery, RequestQueue
 
 MAX_BATCH = 128
@@ -66,4 +67,4 @@ class Puller:
                 self._admit(delivery)
         except TransientError as error:
             log.warning("pull_paused", error=str(error))
-            await asyncio.sleep(OUTAGE_PAUSE_S)
+            await asyncio.sleep(jittered(OUTAGE_PAUSE_S))

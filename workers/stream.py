@@ -30,7 +30,33 @@ _DIVERGED = StreamError(
 )
 
 
-class Stream:
+class Assignment:
+    """One attempt of a request that was given to this replica. By itself it can only be given back."""
+
+    def __init__(self, request_id: str, attempt: int, fence: int, next_: int = TERMINAL) -> None:
+        """``next_``: the position at which it is to go on, where that is known."""
+        self.request_id = request_id
+        self.attempt = attempt
+        self.job_id = f"{request_id}:{attempt}"
+        self._fence = fence
+        self._next = next_
+
+    def append(self, output: Output) -> Append | None:
+        """It could not even be read: whatever comes of it is a failure."""
+        return self.give_back(EventKind.FAILED)
+
+    def give_back(self, why: EventKind) -> Append:
+        """Leave it to its dispatcher to find another replica."""
+        return self._entry(self._next, 0, None, back=why.value)
+
+    def _entry(
+        self, index: int, count: int, frame: Frame | None, *, final: bool = False, back: str | None = None
+    ) -> Append:
+        data = lua_string(b"" if frame is None else encode(frame))
+        return Append(self.request_id, self.attempt, index, count, data, final, fence=self._fence, back=back)
+
+
+class Stream(Assignment):
     """Position and attempt of one running request. Built by the inbox thread, then used by the writer thread alone.
 
     A replay starts at the beginning: what it produces is compared with the tokens in the log, and only what lies beyond
@@ -38,15 +64,11 @@ class Stream:
     """
 
     def __init__(self, run: Run, record: Record, attempt: int, block_size: int, fence: int = 0) -> None:
-        self.request_id = run.id
-        self.attempt = attempt
-        self.job_id = f"{run.id}:{attempt}"
+        super().__init__(run.id, attempt, fence, len(run.emitted))
         self.stage = run.stage
-        self._fence = fence
         self._run = run
         self._record = record
         self._at = 0 if run.replay else len(run.emitted)
-        self._next = len(run.emitted)
         self._shares_first_token = first_token_from_prefill(record, len(run.emitted), block_size)
 
     def job(self) -> Job:
@@ -78,19 +100,9 @@ class Stream:
             return self._hand_over(output)
         return self._tokens(output, final=output.finish is not None)
 
-    def give_back(self, why: EventKind) -> Append:
-        """Leave it to its dispatcher to find another replica."""
-        return self._entry(self._next, 0, None, back=why.value)
-
     def _fail(self, error: StreamError) -> Append:
         frame = Frame(TERMINAL, [], finish=Finish.ERROR, error=error)
         return self._entry(TERMINAL, 0, frame, final=True)
-
-    def _entry(
-        self, index: int, count: int, frame: Frame | None, *, final: bool = False, back: str | None = None
-    ) -> Append:
-        data = lua_string(b"" if frame is None else encode(frame))
-        return Append(self.request_id, self.attempt, index, count, data, final, fence=self._fence, back=back)
 
     def _tokens(self, output: Output, *, final: bool) -> Append | None:
         known = min(self._next - self._at, len(output.tokens))

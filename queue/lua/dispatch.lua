@@ -8,7 +8,7 @@
 --   adopted    another dispatcher gave it to a replica that is alive: we only watch it from now on (unless `force`)
 --   emitted    the log holds `next` tokens, or knows of other deaths, than the dispatcher said: read, then dispatch
 --              again (older attempts are fenced already)
---   done       the log holds the end;  cancelled  nobody wants it
+--   done       the log holds the end;  given_up  and it is for the dead letters;  cancelled  nobody wants it
 --   no_replica the replica is gone, or another request has it for itself: one near its last death is dispatched `alone`,
 --              and no dispatcher puts others beside it until it has got on well or ended
 -- A Redis that lost its last second forgot attempts it gave out: the next one is above the dispatcher's too.
@@ -40,7 +40,7 @@ local function dispatch(id, expected, reply_to, replica, work, tenant, force, kn
     'deaths')
   local next, runs, deaths = tonumber(s[3] or 0), tonumber(s[8] or 0), tonumber(s[9] or 0)
   local stored = tonumber(s[6] or 0)
-  if s[1] then return {'done', 0, next, '', runs, deaths} end
+  if s[1] then return {s[1] == 'given_up' and s[1] or 'done', 0, next, '', runs, deaths} end
   if s[2] then return {'cancelled', 0, next, '', runs, deaths} end
   local runs_there = not s[7] and alive(s[5])
   if runs_there and not force and stored >= known then

@@ -12,6 +12,7 @@ import pytest_asyncio
 import redis
 
 from penstock.queue import registry
+from penstock.queue.errors import StoreUnavailable
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.redis_client import connect, connect_async
 from penstock.queue.registry import Lease, Registry, Replica
@@ -109,6 +110,21 @@ async def renewed(one: One) -> bool:
     """Noticing the loss closes a connection that Redis may not have missed yet, hence both conditions."""
     one.lease.renew(one.replica)
     return one.lease._alive.subscribed and await one.listening(1)
+
+
+async def test_a_redis_that_takes_no_writes_tells_nothing(tmp_path: Path) -> None:
+    """[I8] It refuses heartbeats, and would answer that nobody has a lease."""
+    server = RedisServer(tmp_path)
+    start(server)
+    one = One(server)
+    await one.client.config_set("maxmemory", 1)
+    with pytest.raises(StoreUnavailable):
+        await one.lives()
+    await one.client.config_set("maxmemory", 0)
+    assert not await one.lives()
+    one.die()
+    await one.client.aclose()
+    server.stop()
 
 
 @pytest.mark.parametrize("restart", [RedisServer.stop, RedisServer.kill])

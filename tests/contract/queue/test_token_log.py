@@ -441,6 +441,27 @@ async def test_finish_from_outside_ends_it_everywhere(store: Store, wire: Wire) 
     assert [decode_delivered(data) for channel, data in wire.read()][1:] == [[Delivered("r", ERROR)]]
 
 
+async def test_given_up_by_whom_knows_all_its_deaths(store: Store) -> None:
+    """[I8] Not by one that has missed an attempt, nor that counts a replica which is alive after all."""
+    await store.dispatch("r", "a")
+    assert await store.log.give_up("r", "ingress", ERROR, 1, 1) == (None, 0)
+    store.bury("a")
+    assert await store.log.give_up("r", "ingress", ERROR, 0, 1) == (None, 1)
+    assert await store.log.give_up("r", "ingress", ERROR, 1, 2) == (None, 1)
+    assert await store.log.read("r") == []
+    for _ in range(2):  # again, by a successor
+        assert await store.log.give_up("r", "ingress", ERROR, 1, 1) == (EventKind.GIVEN_UP, 1)
+    assert await store.log.read("r") == [ERROR]
+    assert (await store.dispatch("r", "b")).status == DispatchStatus.GIVEN_UP
+    assert [event.kind for event in await store.log.states({"r": 1})] == [EventKind.GIVEN_UP]
+
+
+async def test_what_ended_otherwise_is_not_given_up(store: Store) -> None:
+    await store.dispatch("r", "a")
+    store.writer.append([entry("r", 1, 0, [1], Finish.STOP)])
+    assert await store.log.give_up("r", "ingress", ERROR, 1, 0) == (EventKind.DONE, 0)
+
+
 async def test_finish_of_the_never_dispatched_reaches_its_reader(store: Store, wire: Wire) -> None:
     assert await store.log.finish([("r", "ingress", ERROR)]) == [True]
     assert [(channel, decode_delivered(data)) for channel, data in wire.read()] == [

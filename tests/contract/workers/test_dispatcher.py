@@ -9,6 +9,7 @@ import pytest
 
 from penstock.queue.messages import TERMINAL, Event, EventKind, Finish, Frame
 from penstock.queue.records import PriorityClass, now_ms
+from penstock.workers.errand import PROBATION_TOKENS
 from penstock.workers.simulated.tokens import expected_tokens
 from tests.contract.workers.cluster import Cluster, Worker
 
@@ -296,13 +297,14 @@ async def test_replay_that_differs_is_told(mixed: Cluster) -> None:
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize("prompt", [5, 8], ids=["part of a block", "whole blocks"])
 async def test_replay_in_a_split_pool(split: Cluster, role: str, prompt: int) -> None:
-    """The second attempt goes through both pools again, appends only the rest, and loses another replica."""
+    """The second attempt goes through both pools again, appends only the rest, and loses another replica. The first
+    had got far: else it would be run alone."""
     workers = {name: split.add(name, held=name == "decode") for name in ("prefill", "decode")}
     split.dispatch(max_attempts=9)
-    record = await split.send(prompt, STATEFUL)
+    record = await split.send(prompt, STATEFUL | {"max_tokens": 2 * PROBATION_TOKENS})
     await split.running_on(record, workers["decode"])
-    workers["decode"].engine.allow(3)
-    await split.emitted(record, 3)
+    workers["decode"].engine.allow(PROBATION_TOKENS + 3)
+    await split.emitted(record, PROBATION_TOKENS)
     second = {name: split.add(name, held=name == role) for name in ("prefill", "decode")}
     for worker in workers.values():
         worker.die()

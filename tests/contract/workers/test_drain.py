@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from penstock.workers.host import NOTICE_S
 from tests.contract.workers.cluster import PATIENCE_S, Cluster
 
 pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
@@ -57,6 +58,25 @@ async def test_late_arrivals_are_given_back(mixed: Cluster) -> None:
     await mixed.completes(record)
     assert old.engine.started == []
     await mixed.drained()
+
+
+async def test_drained_replica_stays_for_its_readers(split: Cluster) -> None:
+    """[I8] Its last answer is with a decode replica that has not read the KV cache yet."""
+    prefill, decode = split.add("prefill"), split.add("decode", held=True)
+    split.dispatch(max_attempts=1)
+    record = await split.send(9, {"max_tokens": 20})
+    await split.running_on(record, decode)
+    began = prefill.host.last_beat
+    draining = asyncio.create_task(asyncio.to_thread(prefill.drain, PATIENCE_S))
+    await split.until(
+        lambda: draining.done() or prefill.host.last_beat > began + 3 * NOTICE_S, "it could have left by now"
+    )
+    assert not draining.done()
+    decode.engine.allow()
+    await split.completes(record)
+    await draining
+    assert (await split.field(record, "attempt"), len(decode.engine.started)) == ("1", 1)
+    await split.drained()
 
 
 @pytest.mark.chaos

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from penstock.queue.dead_letters import retry
-from penstock.queue.records import PriorityClass, decode_record
+from penstock.queue.messages import EventKind, encode, lua_string
+from penstock.queue.protocol import Delivery
+from penstock.queue.records import SCHEMA_VERSION, PriorityClass, decode_record
 from penstock.queue.registry import LEASE_S
+from penstock.queue.token_log import Dispatch, DispatchStatus
+from penstock.workers import errand
 from penstock.workers.dispatcher import SUSPECTS
 from penstock.workers.errand import PROBATION_TOKENS
 from tests.contract.workers.cluster import Cluster, Worker
@@ -114,6 +119,34 @@ async def test_replica_that_fails_on_a_request_is_avoided(mixed: Cluster) -> Non
     await mixed.drained()
 
 
+async def test_record_that_no_engine_reads_is_told(mixed: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[I5, I7] A dispatcher of a later release wrote it: every engine gives it back, and none dies of it."""
+    with monkeypatch.context() as later:
+        later.setattr(errand, "_for_engine", lambda record: msgspec.structs.replace(record, v=SCHEMA_VERSION + 1))
+        mixed.dispatch(max_attempts=2)
+        worker = mixed.add()
+        record = await mixed.send()
+        await mixed.fails(record, "engine_failed")
+    await mixed.completes(await mixed.send())
+    assert (await mixed.field(record, "runs"), len(worker.engine.started)) == ("2", 1)
+    await mixed.drained()
+
+
+@pytest.mark.parametrize("work", [["run", "r", "a stage to come"], ["a kind to come", "r"], [["nonsense"]]], ids=str)
+async def test_work_that_an_engine_does_not_know(mixed: Cluster, work: list[object]) -> None:
+    """[I7] What names its request goes back to the dispatcher, the rest is passed over."""
+    worker = mixed.add()
+    mixed.dispatch()
+    await mixed.completes(await mixed.send())
+    entry = Dispatch("r", 0, "nobody", worker.id, lua_string(encode(work)), "acme")
+    assert [answer.status for answer in await mixed.log.dispatch("nobody", [entry])] == [DispatchStatus.OK]
+    await mixed.completes(await mixed.send())
+    known = work[-1] != ["nonsense"]
+    assert [event.kind for event in await mixed.log.states({"r": 1})] == [
+        EventKind.LOST if known else EventKind.PREFILLED
+    ]
+
+
 async def test_failure_everywhere_is_told(mixed: Cluster) -> None:
     """[I5] After as many tries as it may have, with pauses between them, and then it is an operator's."""
     worker = mixed.add()
@@ -123,6 +156,57 @@ async def test_failure_everywhere_is_told(mixed: Cluster) -> None:
     await mixed.fails(record, "engine_failed")
     assert worker.engine.refused == 3
     assert len(await mixed.dead_letters()) == 1
+    await mixed.drained()
+
+
+@pytest.mark.parametrize("lettered", [False, True], ids=["before the letter", "after the letter"])
+async def test_dispatcher_dies_while_it_gives_up(
+    mixed: Cluster, monkeypatch: pytest.MonkeyPatch, lettered: bool
+) -> None:
+    """[I5] Its successor does what is missing: the stream ends once, and there is one dead letter."""
+    running = mixed.dispatch(max_attempts=1)
+    mixed.shape |= {"max_attempts": 1}
+    bury, reached = running.queue.dead_letter, asyncio.Event()
+
+    async def die_beside(delivery: Delivery, reason: str) -> None:
+        if lettered:
+            await bury(delivery, reason)
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(running.queue, "dead_letter", die_beside)
+    worker = mixed.add(held=True)
+    record = await mixed.send()
+    await mixed.running_on(record, worker)
+    worker.die()
+    await mixed.until(reached.is_set, "it gives up")
+    await mixed.replace(running)
+    mixed.add()
+    await mixed.fails(record, "engine_failed")
+    await mixed.drained()
+    (letter,) = await mixed.dead_letters()
+    assert letter.record().id == record.id
+
+
+async def test_what_another_dispatcher_knows_counts(mixed: Cluster) -> None:
+    """[I8] One that was adopted and got on well meanwhile is not given up by whom nobody told."""
+    running = mixed.dispatch(max_attempts=2)
+    record = await mixed.send(5, {"max_tokens": 60})
+    first = mixed.add(held=True)
+    await mixed.running_on(record, first)
+    await asyncio.to_thread(first.die)
+    second = mixed.add(held=True)
+    await mixed.running_on(record, second)
+    state = f"{mixed.settings.namespace}req:{record.id}"
+    await mixed.client.hset(state, "dispatcher", "dispatcher:another")  # as after a rebalance
+    second.engine.allow(PROBATION_TOKENS + 5)
+    await mixed.emitted(record, PROBATION_TOKENS + 5)
+    assert running.dispatcher._books.errands[record.id].deaths == 1
+    await asyncio.to_thread(second.die)
+    mixed.add()
+    await mixed.completes(record)
+    assert await mixed.field(record, "runs") == "3"
+    assert await mixed.dead_letters() == []
     await mixed.drained()
 
 
@@ -159,6 +243,29 @@ async def test_redis_outage_is_nobodys_death(lossy: Cluster) -> None:
     worker.engine.allow()
     await lossy.completes(record)
     assert await lossy.field(record, "attempt") == "1"
+    await lossy.drained()
+
+
+async def test_full_redis_is_nobodys_death(lossy: Cluster) -> None:
+    """[I8] It answers what is asked, and refuses every heartbeat until the last lease has run out."""
+    worker = lossy.add(held=True)
+    running = lossy.dispatch(max_attempts=1)
+    record = await lossy.send(5, {"max_tokens": 40})
+    worker.engine.allow(3)
+    await lossy.emitted(record, 3)
+    await lossy.client.config_set("maxmemory", 1)
+
+    async def lapsed() -> bool:
+        return not await lossy.client.exists(f"{lossy.settings.namespace}replica:{worker.id}")
+
+    await lossy.until(lapsed, "its lease has run out")
+    noticed = running.dispatcher._judging_from
+    await lossy.until(lambda: running.dispatcher._judging_from > noticed, "the dispatcher has looked since")
+    await lossy.client.config_set("maxmemory", 0)
+    worker.engine.allow()
+    await lossy.completes(record)
+    assert (await lossy.field(record, "attempt"), await lossy.field(record, "deaths")) == ("1", "0")
+    assert await lossy.dead_letters() == []
     await lossy.drained()
 
 
