@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.mailbox import Mailbox
-from penstock.queue.messages import TERMINAL, Finish, Frame, decode_delivered, encode, lua_string
+from penstock.queue.messages import TERMINAL, Finish, Frame, Logprobs, decode_delivered, encode, lua_string
 from penstock.queue.readers import Progress, Readers, Revival, Standing
 from penstock.queue.redis_client import connect, connect_async
 from penstock.queue.settings import RedisSettings
@@ -201,6 +201,15 @@ async def test_cancelled_for_good_is_never_revived(scene: Scene) -> None:
     await parked(scene)
     await scene.b.cancel(["r"], final=True)
     assert await scene.b.revive("r", 2, b"") is Revival.FINAL
+
+
+@pytest.mark.parametrize("end", [Finish.LENGTH, Finish.ERROR])
+async def test_what_has_ended_stays_as_it_is(scene: Scene, end: Finish) -> None:
+    await scene.dispatch("r")
+    logprobs = Logprobs(1, b"\xff" * 4, b"\xff" * 4, b"\xff" * 4)
+    scene.emit("r", 1, Frame(0, [7], finish=end, logprobs=logprobs))
+    assert await scene.b.cancel(["r"], final=True) == 0
+    assert await scene.b.progress(["r"]) == [Progress(True, 1, False)]
 
 
 @pytest.mark.parametrize("record", ["r", "r:1"])
