@@ -51,9 +51,7 @@ class Scene:
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send(event(CREATED))
-        await self.log.read(
-            self.stored.stream_id
-        )  # whoever wants the first event only is gone by now
+        await self.log.read(self.stored.stream_id)  # whoever wants the first event only is gone by now
         self.engine_asked += 1
         await send(event(COMPLETED))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
