@@ -1,6 +1,7 @@
 """Who reads a request's tokens: several ingresses at once, one after the other, or for a while nobody.
 
-``reply_to`` in ``{ns}req:{id}`` names the channels of all ingresses that read, blank-separated. What nobody reads any
+``reply_to`` in ``{ns}req:{id}`` names the channels of all ingresses that read, blank-separated; the field
+``left:{channel}`` says that this one reads no more, although it may be the one the record names. What nobody reads any
 more is cancelled, so that it holds no GPU; that end can be taken back ("revived") as long as the log is kept, and the
 generation goes on where it was stopped.
 """

@@ -9,7 +9,7 @@ local s = redis.call('HMGET', req, 'done', 'final', 'reply_to')
 if s[2] then return 'final' end
 if not s[1] or redis.call('LLEN', tok) ~= position + 1 then return 'live' end
 if instead == '' then redis.call('RPOP', tok) else redis.call('LSET', tok, position, instead) end
-redis.call('HDEL', req, 'done', 'cancelled', 'replica', 'lost', 'handed', 'runs')
+redis.call('HDEL', req, 'done', 'cancelled', 'replica', 'lost', 'handed', 'runs', 'left:' .. channel)
 redis.call('HINCRBY', req, 'attempt', 1)
 redis.call('HSET', req, 'unpublished', 1, 'reply_to', channel)
 redis.call('PEXPIRE', req, lifetime)

@@ -50,9 +50,9 @@ class Scene:
 
         await eventually_async(both, PATIENCE_S, "both ingresses listen")
 
-    async def dispatch(self, request: str, *, expected: int = 0) -> tuple[DispatchStatus, int]:
+    async def dispatch(self, request: str, *, expected: int = 0, force: bool = False) -> tuple[DispatchStatus, int]:
         self.blocking.set(f"{self.settings.namespace}replica:e", b"1")
-        work = Dispatch(request, expected, "ingress:a", "e", lua_string(encode({})), "t")
+        work = Dispatch(request, expected, "ingress:a", "e", lua_string(encode({})), "t", force)
         (answer,) = await self.log.dispatch("d", [work])
         return answer.status, answer.attempt
 
@@ -126,6 +126,32 @@ async def test_the_last_reader_to_leave_leaves_it_unread(scene: Scene) -> None:
     await scene.b.attach(["r"])
     assert await scene.a.detach(["r"]) == []
     assert await scene.b.detach(["r"]) == ["r"]
+
+
+async def test_who_left_before_the_first_dispatch_is_no_reader(scene: Scene) -> None:
+    await scene.b.attach(["r"])
+    assert await scene.a.detach(["r"]) == []
+    await scene.dispatch("r")
+    assert scene.field("r", "reply_to") == b"ingress:b"
+    assert await scene.b.detach(["r"]) == ["r"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_who_left_is_not_added_at_a_later_dispatch(scene: Scene, force: bool) -> None:
+    await scene.dispatch("r")
+    await scene.b.attach(["r"])
+    await scene.a.detach(["r"])
+    await scene.dispatch("r", force=force)
+    assert await scene.b.detach(["r"]) == ["r"]
+
+
+async def test_who_comes_back_reads_again(scene: Scene) -> None:
+    await scene.a.detach(["r"])
+    await scene.a.attach(["r"])
+    _, attempt = await scene.dispatch("r")
+    assert scene.field("r", "reply_to") == b"ingress:a"
+    scene.emit("r", attempt, Frame(0, [1]))
+    await scene.hears("a", 1)
 
 
 async def test_an_ingress_that_died_does_not_read(scene: Scene) -> None:
