@@ -50,9 +50,11 @@ class Scene:
 
         await eventually_async(both, PATIENCE_S, "both ingresses listen")
 
-    async def dispatch(self, request: str, *, expected: int = 0, force: bool = False) -> tuple[DispatchStatus, int]:
+    async def dispatch(
+        self, request: str, *, expected: int = 0, force: bool = False, reply_to: str = "ingress:a"
+    ) -> tuple[DispatchStatus, int]:
         self.blocking.set(f"{self.settings.namespace}replica:e", b"1")
-        work = Dispatch(request, expected, "ingress:a", "e", lua_string(encode({})), "t", force)
+        work = Dispatch(request, expected, reply_to, "e", lua_string(encode({})), "t", force)
         (answer,) = await self.log.dispatch("d", [work])
         return answer.status, answer.attempt
 
@@ -215,6 +217,17 @@ async def test_only_one_reader_revives(scene: Scene) -> None:
     await parked(scene)
     assert await scene.a.revive("r", 2, b"") is Revival.REVIVED
     assert await scene.b.revive("r", 2, b"") is Revival.LIVE
+
+
+async def test_who_comes_too_late_to_revive_reads_along(scene: Scene) -> None:
+    await parked(scene)
+    assert await scene.a.attach(["r"]) == [Standing.DONE]
+    await scene.b.revive("r", 2, b"")
+    heard = len(scene.heard["a"])
+    assert await scene.a.revive("r", 2, b"") is Revival.LIVE
+    _, attempt = await scene.dispatch("r", expected=2, reply_to="ingress:b")
+    scene.emit("r", attempt, Frame(2, [9]))
+    await scene.hears("a", heard + 1)
 
 
 async def test_a_proper_end_cannot_be_revived_away(scene: Scene) -> None:
