@@ -175,8 +175,36 @@ async def test_a_new_reader_takes_back_a_cancellation_that_met_nothing(scene: Sc
 
 async def test_a_final_cancellation_is_not_taken_back(scene: Scene) -> None:
     await scene.a.cancel(["r"], final=True)
-    await scene.b.attach(["r"])
-    assert (await scene.dispatch("r"))[0] is DispatchStatus.CANCELLED
+    assert await scene.b.attach(["r"]) == [Standing.DONE]
+    assert (await scene.dispatch("r"))[0] is DispatchStatus.DONE, "the record is completed without running"
+    assert await scene.b.revive("r", 0, b"") is Revival.FINAL
+
+
+async def test_a_final_cancellation_ends_what_waits_in_the_queue(scene: Scene) -> None:
+    """Only the record says that it is a who waits for it."""
+    assert await scene.b.cancel(["r"], final=True) == 1
+    await scene.hears("a", 1)
+    assert scene.heard["a"] == [ABORT] == await scene.log.read("r")
+    assert scene.blocking.pttl(f"{scene.settings.namespace}req:r") > scene.settings.retention_s * 1000
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_a_final_cancellation_ends_what_its_replica_has_lost(scene: Scene, gone: bool) -> None:
+    _, attempt = await scene.dispatch("r")
+    if gone:
+        scene.blocking.delete(f"{scene.settings.namespace}replica:e")
+    else:
+        scene.blocking.hset(f"{scene.settings.namespace}req:r", "lost", "1")
+    await scene.b.cancel(["r"], final=True)
+    await scene.hears("a", 1)
+    assert scene.emit("r", attempt, Frame(0, [7])) is AppendStatus.DONE
+
+
+async def test_a_final_cancellation_of_what_runs_is_left_to_its_engine(scene: Scene) -> None:
+    _, attempt = await scene.dispatch("r")
+    await scene.b.cancel(["r"], final=True)
+    assert await scene.log.read("r") == []
+    assert scene.emit("r", attempt, ABORT) is AppendStatus.OK
 
 
 async def parked(scene: Scene, end: Frame = ABORT) -> None:
