@@ -98,7 +98,7 @@ class TokenReader:
         """``readers``: register this ingress again after a reconnection, for Redis may have forgotten it."""
         self.channel = mailbox.channel
         self._mailbox = mailbox
-        self._log = log
+        self.log = log
         self._readers = readers
         self._cursors: dict[str, Cursor] = {}
         self._by_request: dict[str, list[Cursor]] = {}
@@ -254,7 +254,7 @@ class TokenReader:
         """Until Redis answers: a stream whose missed frames were given up would wait for ever."""
         while not cursor.ended:
             try:
-                return await self._log.read(cursor.request_id, skip, limit)
+                return await self.log.read(cursor.request_id, skip, limit)
             except StoreUnavailable:
                 await asyncio.sleep(RECONNECT_FIRST_S)
         return []
