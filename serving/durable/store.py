@@ -71,9 +71,9 @@ class RequestStore:
         """Forget it where nothing was accepted, so that the next request with this key is the first; returns whether it
         did. Not while others count on it (``release.lua``), unless it ``ended`` with an error for all of them."""
         hashed = "" if key is None else _key(stored.tenant, key)
-        args = (self._ns, stored.stream_id, hashed, _index(stored), int(ended), *stored.record_ids)
+        names: list[str | int] = [stored.stream_id, hashed, _index(stored), int(ended), *stored.record_ids]
         with store_errors():
-            return bool(await self._release(args=args))
+            return bool(await self._release(args=[self._ns, *names]))
 
     async def load(self, stream_id: str) -> ClientRequest | None:
         """The request of a stream, or None."""
