@@ -202,7 +202,10 @@ class TokenReader:
         return accepted
 
     async def _reconnected(self) -> None:
-        """Redis may have been away, and may have come back without its last second."""
+        """Redis may have been away, and may have come back without its last second, and have got other tokens since.
+
+        So whatever was delivered is compared with the log once more: 2 us a token, in chunks.
+        """
         while self._readers is not None and self._by_request:
             try:
                 await self._readers.attach(list(self._by_request))
@@ -211,6 +214,7 @@ class TokenReader:
                 log.warning("not_attached", error=str(error))
                 await asyncio.sleep(RECONNECT_FIRST_S)
         for cursor in self._cursors.values():
+            cursor.frames = 0
             self._follow(cursor)
 
     def _follow(self, cursor: Cursor) -> None:
