@@ -7,7 +7,6 @@ Publish/subscribe has no memory, which is why it only ever carries copies of wha
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 
@@ -17,6 +16,7 @@ import structlog
 
 from penstock.queue.cursor import Cursor
 from penstock.queue.errors import StoreUnavailable, StreamInterrupted
+from penstock.queue.jitter import jittered
 from penstock.queue.messages import TERMINAL, Delivered, Finish, Frame, StreamError, decode_delivered
 from penstock.queue.readers import Readers
 from penstock.queue.settings import RedisSettings
@@ -61,7 +61,7 @@ class Mailbox:
                     delay = RECONNECT_FIRST_S
                     yield payload
             except (redis.ConnectionError, redis.TimeoutError):
-                await asyncio.sleep(delay * random.uniform(0.5, 1.5))
+                await asyncio.sleep(jittered(delay))
                 delay = min(delay * 2, RECONNECT_MAX_S)
             finally:
                 await pubsub.aclose()  # type: ignore[no-untyped-call]
@@ -212,7 +212,7 @@ class TokenReader:
                 break
             except StoreUnavailable as error:  # unattached, nobody would post here what Redis forgot we read
                 log.warning("not_attached", error=str(error))
-                await asyncio.sleep(RECONNECT_FIRST_S)
+                await asyncio.sleep(jittered(RECONNECT_FIRST_S))
         for cursor in self._cursors.values():
             cursor.frames = 0
             self._follow(cursor)
@@ -260,7 +260,7 @@ class TokenReader:
             try:
                 return await self.log.read(cursor.request_id, skip, limit)
             except StoreUnavailable:
-                await asyncio.sleep(RECONNECT_FIRST_S)
+                await asyncio.sleep(jittered(RECONNECT_FIRST_S))
         return []
 
 

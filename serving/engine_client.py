@@ -28,6 +28,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
 from penstock.queue.errors import InvalidRecord, StoreUnavailable, TransientError
+from penstock.queue.jitter import jittered
 from penstock.queue.mailbox import TokenReader
 from penstock.queue.messages import TERMINAL, Delivered, Finish, Frame, StreamError, encode
 from penstock.queue.protocol import RequestQueue
@@ -43,7 +44,7 @@ from penstock.serving.output_queue import OutputQueue
 from penstock.serving.translation import to_record, to_vllm_output, without_cached, without_end
 
 REVIVE_RETRY_S = 1.0
-"""Redis or the broker are away: the client waits, and so do we."""
+"""On average. Redis or the broker are away: the client waits, and so do we."""
 REVIVALS = 3
 """How often a reader that came later takes back an ABORT: the one it found, and such as were under way when it came.
 While somebody reads nothing is parked, so any other is meant."""
@@ -178,7 +179,7 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
                 break
             except TransientError as error:
                 log.warning("revival_delayed", request_id=stream.record.id, error=str(error))
-                await asyncio.sleep(REVIVE_RETRY_S)
+                await asyncio.sleep(jittered(REVIVE_RETRY_S))
         else:
             return
         if revival is Revival.FINAL:
