@@ -30,6 +30,12 @@ local function readers(list, reply_to, left)
   return list and list .. ' ' .. reply_to or reply_to
 end
 
+-- It was cancelled before it was ever dispatched, perhaps even before its ingress listened for it.
+local function repeat_end(id, reply_to)
+  local last = redis.call('LINDEX', ns .. 'tok:' .. id, -1)
+  if last then redis.call('PUBLISH', ns .. reply_to, '\145\146' .. cmsgpack.pack(id) .. last) end
+end
+
 local function taken(replica, id)
   local guest = redis.call('GET', ns .. 'guest:' .. replica)
   return guest and guest ~= id
@@ -41,7 +47,10 @@ local function dispatch(id, expected, reply_to, replica, work, tenant, force, kn
     'deaths', 'left:' .. reply_to)
   local next, runs, deaths = tonumber(s[3] or 0), tonumber(s[8] or 0), tonumber(s[9] or 0)
   local stored = tonumber(s[6] or 0)
-  if s[1] then return {'done', 0, next, '', runs, deaths} end
+  if s[1] then
+    if not s[6] then repeat_end(id, reply_to) end
+    return {'done', 0, next, '', runs, deaths}
+  end
   if s[2] then return {'cancelled', 0, next, '', runs, deaths} end
   local runs_there = not s[7] and alive(s[5])
   if runs_there and not force and stored >= known then

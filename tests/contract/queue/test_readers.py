@@ -186,6 +186,8 @@ async def test_a_final_cancellation_ends_what_waits_in_the_queue(scene: Scene) -
     await scene.hears("a", 1)
     assert scene.heard["a"] == [ABORT] == await scene.log.read("r")
     assert scene.blocking.pttl(f"{scene.settings.namespace}req:r") > scene.settings.retention_s * 1000
+    assert (await scene.dispatch("r"))[0] is DispatchStatus.DONE
+    await scene.hears("a", 2)  # it may not have listened yet
 
 
 @pytest.mark.parametrize("gone", [True, False])
