@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import zlib
+from collections.abc import Awaitable
 from typing import cast
 
 import msgspec
@@ -44,7 +45,7 @@ class RequestStore:
         self._lifetime_ms = settings.lifetime_s * 1000
         self._retention_s = settings.retention_s
         self._claim = client.register_script(script("claim"))
-        self._release = client.register_script(script("release"))
+        self._release = script("release")
 
     async def save(self, stored: ClientRequest) -> None:
         """Keep it under its stream id. Raises :class:`StoreUnavailable`."""
@@ -73,7 +74,8 @@ class RequestStore:
         hashed = "" if key is None else _key(stored.tenant, key)
         names: list[str | int] = [stored.stream_id, hashed, _index(stored), int(ended), *stored.record_ids]
         with store_errors():
-            return bool(await self._release(args=[self._ns, *names]))
+            # its text each time, and not its hash, which the server may not know yet: the key is free in one round trip
+            return bool(await cast("Awaitable[int]", self._client.eval(self._release, 0, self._ns, *names)))
 
     async def load(self, stream_id: str) -> ClientRequest | None:
         """The request of a stream, or None."""
