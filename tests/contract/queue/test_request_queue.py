@@ -367,10 +367,11 @@ async def test_the_request_of_a_lost_payload_ends(harness: Harness) -> None:
 
 async def test_the_request_of_an_unknown_version_ends(harness: Harness) -> None:
     """[I5]"""
-    newer = harness.record()
+    queue, newer = harness.open(), harness.record()
+    await queue.ping()
     unknown = {"v": 99, "id": newer.id, "reply_to": newer.reply_to, "prompt": {"of": "another kind"}}
     await harness.publish_raw(msgspec.msgpack.encode(unknown))
-    await dead_letters(harness.open(), 1)
+    await dead_letters(queue, 1)
     assert await error_of(harness, newer.id) == ("unknown_record_version", True)
 
 
