@@ -14,6 +14,7 @@ from penstock.queue.errors import InvalidRecord
 from penstock.queue.payloads import RecordCodec
 from penstock.queue.protocol import Budget, Delivery
 from penstock.queue.records import PriorityClass
+from penstock.queue.unreadable import Unreadable
 
 Position = tuple[str, int, str]
 
@@ -42,8 +43,9 @@ Bury = Callable[[Entry, str], Awaitable[None]]
 class Intake:
     """Entries waiting here, in order, and entries on loan, by position."""
 
-    def __init__(self, codec: RecordCodec) -> None:
+    def __init__(self, codec: RecordCodec, unreadable: Unreadable) -> None:
         self._codec = codec
+        self._unreadable = unreadable
         self._waiting: list[Entry] = []
         self._loaned: dict[Position, Entry] = {}
         self._known: dict[Position, bytes] = {}
@@ -87,11 +89,12 @@ class Intake:
         return [Held(len(tokens), sum(tokens)) for tokens in classes]
 
     async def take(self, budget: Budget, bury: Bury) -> list[Delivery]:
-        """Lend what fits the budget; entries that cannot be read are given to ``bury`` with the reason instead.
+        """Lend what fits the budget. A request whose entry cannot be read is ended instead, and the entry then given to
+        ``bury`` with the reason.
 
         Raises:
-            QueueUnavailable: a payload stored beside could not be asked for, or an entry not buried. Whatever was
-                not buried waits here again.
+            QueueUnavailable: a payload stored beside could not be asked for, or an entry not ended or buried. Whatever
+                was not buried waits here again.
         """
         entries = self._pop(budget)
         buried: set[Position] = set()
@@ -101,6 +104,7 @@ class Intake:
                 try:
                     deliveries.append(await self._open(entry))
                 except InvalidRecord as error:
+                    await self._unreadable.end(entry.data, error)
                     await bury(entry, f"{error.code}: {error}")
                     buried.add(entry.position)
         except BaseException:

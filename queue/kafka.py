@@ -39,6 +39,7 @@ from penstock.queue.payloads import RecordCodec, connect_once
 from penstock.queue.protocol import Budget, Delivery, Depth
 from penstock.queue.records import PriorityClass, Record
 from penstock.queue.settings import QueueSettings, RedisSettings
+from penstock.queue.unreadable import Unreadable
 
 CALL_TIMEOUT_S = 5.0
 """For an administrative call; over the client's own request timeout with one retry."""
@@ -59,7 +60,7 @@ class KafkaQueue:
         self._topics = Topics.of(pool)
         self._payloads = connect_once(redis)
         self._codec = RecordCodec(self._payloads, redis, queue.max_record_bytes)
-        self._intake = Intake(self._codec)
+        self._intake = Intake(self._codec, Unreadable(self._payloads, redis))
         self._loop = asyncio.get_running_loop()
         self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="penstock-kafka-call")
         self._admin: AdminClient | None = None

@@ -7,7 +7,6 @@ Publish/subscribe has no memory, which is why it only ever carries copies of wha
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 
@@ -18,6 +17,7 @@ import structlog
 from penstock.queue.cursor import Cursor
 from penstock.queue.errors import StoreUnavailable, StreamInterrupted
 from penstock.queue.messages import TERMINAL, Delivered, Finish, Frame, StreamError, decode_delivered
+from penstock.queue.pauses import jittered
 from penstock.queue.readers import Readers
 from penstock.queue.settings import RedisSettings
 from penstock.queue.token_log import RequestLog
@@ -61,7 +61,7 @@ class Mailbox:
                     delay = RECONNECT_FIRST_S
                     yield payload
             except (redis.ConnectionError, redis.TimeoutError):
-                await asyncio.sleep(delay * random.uniform(0.5, 1.5))
+                await asyncio.sleep(jittered(delay))
                 delay = min(delay * 2, RECONNECT_MAX_S)
             finally:
                 await pubsub.aclose()  # type: ignore[no-untyped-call]
@@ -98,7 +98,7 @@ class TokenReader:
         """``readers``: register this ingress again after a reconnection, for Redis may have forgotten it."""
         self.channel = mailbox.channel
         self._mailbox = mailbox
-        self._log = log
+        self.log = log
         self._readers = readers
         self._cursors: dict[str, Cursor] = {}
         self._by_request: dict[str, list[Cursor]] = {}
@@ -202,15 +202,19 @@ class TokenReader:
         return accepted
 
     async def _reconnected(self) -> None:
-        """Redis may have been away, and may have come back without its last second."""
+        """Redis may have been away, and may have come back without its last second, and have got other tokens since.
+
+        So whatever was delivered is compared with the log once more: 2 us a token, in chunks.
+        """
         while self._readers is not None and self._by_request:
             try:
                 await self._readers.attach(list(self._by_request))
                 break
             except StoreUnavailable as error:  # unattached, nobody would post here what Redis forgot we read
                 log.warning("not_attached", error=str(error))
-                await asyncio.sleep(RECONNECT_FIRST_S)
+                await asyncio.sleep(jittered(RECONNECT_FIRST_S))
         for cursor in self._cursors.values():
+            cursor.frames = 0
             self._follow(cursor)
 
     def _follow(self, cursor: Cursor) -> None:
@@ -254,9 +258,9 @@ class TokenReader:
         """Until Redis answers: a stream whose missed frames were given up would wait for ever."""
         while not cursor.ended:
             try:
-                return await self._log.read(cursor.request_id, skip, limit)
+                return await self.log.read(cursor.request_id, skip, limit)
             except StoreUnavailable:
-                await asyncio.sleep(RECONNECT_FIRST_S)
+                await asyncio.sleep(jittered(RECONNECT_FIRST_S))
         return []
 
 

@@ -81,7 +81,7 @@ class RecordCodec:
         """The whole record.
 
         Raises:
-            InvalidRecord: the bytes are not a record, or its payload is gone.
+            InvalidRecord: the bytes are not a record, or its payload is gone or unreadable.
             QueueUnavailable: the payload could not be asked for.
         """
         record = decode_record(data)
@@ -113,7 +113,10 @@ class RecordCodec:
             stored: Any = await self._client.get(key)
         if stored is None:
             raise InvalidRecord(f"payload {key} of the record is gone")
-        payload = _decoder.decode(stored)
+        try:
+            payload = _decoder.decode(stored)
+        except msgspec.MsgspecError as error:
+            raise InvalidRecord(f"payload {key} of the record cannot be read: {error}") from error
         return msgspec.structs.replace(
             record, prompt=payload.prompt, body=payload.body, prefix_hashes=payload.prefix_hashes
         )

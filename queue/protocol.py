@@ -82,7 +82,8 @@ class RequestQueue(Protocol):
     async def pull(self, budget: Budget) -> list[Delivery]:
         """Wait until work is there, then take what fits the budget, strictly by class, oldest first in a class.
 
-        Records that cannot be read are dead-lettered by the queue itself and never returned.
+        Records that cannot be read are dead-lettered by the queue itself and never returned; their requests are ended
+        in the token log, as far as the records tell which these are.
         """
 
     async def complete(self, deliveries: Sequence[Delivery]) -> None:

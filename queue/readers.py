@@ -1,6 +1,7 @@
 """Who reads a request's tokens: several ingresses at once, one after the other, or for a while nobody.
 
-``reply_to`` in ``{ns}req:{id}`` names the channels of all ingresses that read, blank-separated. What nobody reads any
+``reply_to`` in ``{ns}req:{id}`` names the channels of all ingresses that read, blank-separated; the field
+``left:{channel}`` says that this one reads no more, although it may be the one the record names. What nobody reads any
 more is cancelled, so that it holds no GPU; that end can be taken back ("revived") as long as the log is kept, and the
 generation goes on where it was stopped.
 """
@@ -13,10 +14,12 @@ from typing import NamedTuple, cast
 
 import redis.asyncio
 
-from penstock.queue.messages import encode
+from penstock.queue.messages import TERMINAL, Finish, Frame, encode
 from penstock.queue.redis_client import store_errors
 from penstock.queue.scripts import script
 from penstock.queue.settings import RedisSettings
+
+_ABORT = encode(Frame(TERMINAL, [], finish=Finish.ABORT))
 
 
 class Standing(StrEnum):
@@ -52,6 +55,7 @@ class Readers:
         self.channel = channel
         self._ns = settings.namespace
         self._lifetime_ms = settings.lifetime_s * 1000
+        self._retention_ms = settings.retention_s * 1000
         self._attach = client.register_script(script("attach"))
         self._detach = client.register_script(script("detach"))
         self._revive = client.register_script(script("revive"))
@@ -71,9 +75,13 @@ class Readers:
         return [id_.decode() for id_ in answer]
 
     async def cancel(self, ids: Sequence[str], *, final: bool = False) -> int:
-        """Stop these wherever they are; returns how many were still live. ``final``: they can never be revived."""
+        """Stop these wherever they are; returns how many were still live.
+
+        ``final``: they can never be revived, and have ended when this returns unless an engine has them.
+        """
+        args = (self._ns, self._lifetime_ms, encode(ids), *((_ABORT, self._retention_ms) if final else ()))
         with store_errors():
-            return int(await self._cancel(args=(self._ns, self._lifetime_ms, encode(ids), int(final))))
+            return int(await self._cancel(args=args))
 
     async def revive(self, request_id: str, position: int, instead: bytes) -> Revival:
         """Take back the cancellation at ``position`` of the log; ``instead`` is the frame without its end, or empty."""

@@ -26,6 +26,7 @@ from penstock.queue.records import PriorityClass, Record, new_request_id
 from penstock.queue.redis_client import COMMAND_TIMEOUT_S
 from penstock.queue.scripts import script
 from penstock.queue.settings import QueueSettings, RedisSettings
+from penstock.queue.unreadable import Unreadable
 
 GROUP = "penstock"
 LEASE_S = 5.0
@@ -48,7 +49,7 @@ class RedisStreamsQueue:
         self._client = connect_once(redis_settings)
         self._blocking_client = connect_once(redis_settings)
         self._codec = RecordCodec(self._client, redis_settings, queue.max_record_bytes)
-        self._intake = Intake(self._codec)
+        self._intake = Intake(self._codec, Unreadable(self._client, redis_settings))
         self._streams = [prefix + cls for cls in PriorityClass]
         self._counters = prefix + "tokens"
         self._dead = f"{redis_settings.namespace}dead:{pool}"

@@ -30,19 +30,21 @@ from vllm.v1.executor import Executor
 from penstock.queue.errors import InvalidRecord, StoreUnavailable, TransientError
 from penstock.queue.mailbox import TokenReader
 from penstock.queue.messages import TERMINAL, Delivered, Finish, Frame, StreamError, encode
+from penstock.queue.pauses import jittered
 from penstock.queue.protocol import RequestQueue
 from penstock.queue.readers import Readers, Revival, Standing
 from penstock.queue.records import Record
 from penstock.queue.settings import ModelSettings
 from penstock.serving.admission import Backlog
 from penstock.serving.context import Outcome, RequestContext, current
+from penstock.serving.deadlines import Deadlines
 from penstock.serving.durable.leaving import Leaving
 from penstock.serving.errors import to_vllm_error
 from penstock.serving.output_queue import OutputQueue
 from penstock.serving.translation import to_record, to_vllm_output, without_cached, without_end
 
 REVIVE_RETRY_S = 1.0
-"""Redis or the broker are away: the client waits, and so do we."""
+"""On average. Redis or the broker are away: the client waits, and so do we."""
 REVIVALS = 3
 """How often a reader that came later takes back an ABORT: the one it found, and such as were under way when it came.
 While somebody reads nothing is parked, so any other is meant."""
@@ -83,6 +85,7 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         self._batches: AsyncIterator[list[Delivered]] = reader.batches()
         self._streams: dict[str, _Stream] = {}
         self._leaving = Leaving(readers, reader.reads)
+        self._deadlines = Deadlines(reader)
         self._tasks: set[asyncio.Task[None]] = set()
         self._published: list[str] = []
         self.output_of: Callable[[str], OutputQueue]
@@ -100,7 +103,10 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         try:
             if context.saved is not None:
                 await context.saved
-            if not context.attach or await self._unknown(record):
+            standing = await self._standing(record) if context.attach else Standing.UNKNOWN
+            if standing in (Standing.UNKNOWN, Standing.QUEUED):
+                self._deadlines.watch(local, record)
+            if standing is Standing.UNKNOWN:
                 await self._queue.publish(record)
                 self._note_published(record, context)
             context.outcome.accepted.set()
@@ -115,9 +121,9 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
                 raise to_vllm_error(error) from error
             raise
 
-    async def _unknown(self, record: Record) -> bool:
+    async def _standing(self, record: Record) -> Standing:
         (standing,) = await self._readers.attach([record.id])
-        return standing is Standing.UNKNOWN
+        return standing
 
     def _note_published(self, record: Record, context: RequestContext) -> None:
         """Others may ask for it again while it waits in the queue: they need not publish it again."""
@@ -168,11 +174,12 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
             try:
                 revival = await self._readers.revive(stream.record.id, position, instead)
                 if revival is Revival.REVIVED:
+                    self._deadlines.watch(local, stream.record)
                     await self._queue.publish(stream.record)
                 break
             except TransientError as error:
                 log.warning("revival_delayed", request_id=stream.record.id, error=str(error))
-                await asyncio.sleep(REVIVE_RETRY_S)
+                await asyncio.sleep(jittered(REVIVE_RETRY_S))
         else:
             return
         if revival is Revival.FINAL:
@@ -205,6 +212,7 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
     def _close(self, local: str) -> None:
         self._reader.close(local)
         self._streams.pop(local, None)
+        self._deadlines.forget(local)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -12,6 +12,7 @@ local function attach(id)
   local s = redis.call('HMGET', req, 'reply_to', 'done', 'attempt', 'unpublished', 'published', 'cancelled', 'final',
     'replica')
   if s[2] then return 'done' end
+  redis.call('HDEL', req, 'left:' .. channel)
   local channels = s[1] or ''
   if not string.find(' ' .. channels .. ' ', ' ' .. channel .. ' ', 1, true) then
     channels = channels == '' and channel or (channels .. ' ' .. channel)

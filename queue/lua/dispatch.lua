@@ -21,12 +21,19 @@ local function alive(replica)
   return replica and redis.call('EXISTS', ns .. 'replica:' .. replica) == 1
 end
 
--- The readers there are, and the ingress that published.
-local function readers(list, reply_to)
+-- The readers there are, and the ingress that published, unless it has left (detach.lua).
+local function readers(list, reply_to, left)
+  if left then return list or '' end
   for channel in string.gmatch(list or '', '%S+') do
     if channel == reply_to then return list end
   end
   return list and list .. ' ' .. reply_to or reply_to
+end
+
+-- It was cancelled before it was ever dispatched, perhaps even before its ingress listened for it.
+local function repeat_end(id, reply_to)
+  local last = redis.call('LINDEX', ns .. 'tok:' .. id, -1)
+  if last then redis.call('PUBLISH', ns .. reply_to, '\145\146' .. cmsgpack.pack(id) .. last) end
 end
 
 local function taken(replica, id)
@@ -37,14 +44,17 @@ end
 local function dispatch(id, expected, reply_to, replica, work, tenant, force, known, suspected, probation, alone)
   local req = ns .. 'req:' .. id
   local s = redis.call('HMGET', req, 'done', 'cancelled', 'next', 'reply_to', 'replica', 'attempt', 'lost', 'runs',
-    'deaths')
+    'deaths', 'left:' .. reply_to)
   local next, runs, deaths = tonumber(s[3] or 0), tonumber(s[8] or 0), tonumber(s[9] or 0)
   local stored = tonumber(s[6] or 0)
-  if s[1] then return {s[1] == 'given_up' and s[1] or 'done', 0, next, '', runs, deaths} end
+  if s[1] then
+    if not s[6] then repeat_end(id, reply_to) end
+    return {s[1] == 'given_up' and s[1] or 'done', 0, next, '', runs, deaths}
+  end
   if s[2] then return {'cancelled', 0, next, '', runs, deaths} end
   local runs_there = not s[7] and alive(s[5])
   if runs_there and not force and stored >= known then
-    redis.call('HSET', req, 'dispatcher', dispatcher, 'reply_to', readers(s[4], reply_to))
+    redis.call('HSET', req, 'dispatcher', dispatcher, 'reply_to', readers(s[4], reply_to, s[10]))
     return {'adopted', stored, next, s[5], runs, deaths}
   end
   if not alive(replica) or taken(replica, id) then return {'no_replica', 0, next, '', runs, deaths} end
@@ -56,7 +66,7 @@ local function dispatch(id, expected, reply_to, replica, work, tenant, force, kn
   end
   local attempt = math.max(stored, known) + 1
   redis.call('HDEL', req, 'lost', 'replica', 'probation', 'unpublished', 'source')
-  redis.call('HSET', req, 'attempt', attempt, 'fence', fence, 'next', next, 'reply_to', readers(s[4], reply_to),
+  redis.call('HSET', req, 'attempt', attempt, 'fence', fence, 'next', next, 'reply_to', readers(s[4], reply_to, s[10]),
     'dispatcher', dispatcher, 'tenant', tenant, 'deaths', deaths)
   redis.call('PEXPIRE', req, lifetime)
   if next ~= expected or deaths ~= suspected then return {'emitted', attempt, next, '', runs, deaths} end

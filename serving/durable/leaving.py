@@ -8,12 +8,13 @@ from collections.abc import Callable
 import structlog
 
 from penstock.queue.errors import StoreUnavailable
+from penstock.queue.pauses import jittered
 from penstock.queue.readers import Readers
 
 TRIES = 30
 RETRY_S = 1.0
-"""It is tried for half a minute, longer than Redis takes to restart. What is lost then wastes an engine's time until
-the request's deadline; nobody waits for it."""
+"""On average. It is tried for half a minute, longer than Redis takes to restart. What is lost then wastes an engine's
+time until the request's deadline; nobody waits for it."""
 
 log = structlog.get_logger()
 
@@ -60,6 +61,6 @@ class Leaving:
                     await self._readers.cancel(stopped)
             except StoreUnavailable as error:
                 log.warning("detach_failed", requests=len(ids), attempt=attempt, error=str(error))
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(jittered(RETRY_S))
             else:
                 return

@@ -70,10 +70,8 @@ class Responses:
         return response | {"background": stored.background}
 
     async def cancel(self, stored: ClientRequest) -> Object:
-        """Stop it for good; what has ended stays as it is."""
-        (progress,) = await self._readers.progress([stored.stream_id])
-        if not progress.done:
-            await self._readers.cancel(stored.record_ids, final=True)
+        """Stop it for good, also where it was stopped because nobody read it; what has ended stays as it is."""
+        await self._readers.cancel(stored.record_ids, final=True)
         return await self.retrieve(stored)
 
     async def delete(self, stored: ClientRequest) -> Object:

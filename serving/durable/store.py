@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import zlib
+from collections.abc import Awaitable
 from typing import cast
 
 import msgspec
@@ -44,6 +45,7 @@ class RequestStore:
         self._lifetime_ms = settings.lifetime_s * 1000
         self._retention_s = settings.retention_s
         self._claim = client.register_script(script("claim"))
+        self._release = script("release")
 
     async def save(self, stored: ClientRequest) -> None:
         """Keep it under its stream id. Raises :class:`StoreUnavailable`."""
@@ -66,13 +68,14 @@ class RequestStore:
             if (first := await self.load(stream_id)) is not None:
                 return first
 
-    async def release(self, stored: ClientRequest, key: str | None) -> None:
-        """Forget it: nothing was accepted, and the next request with this key is the first."""
-        keys = [f"{self._ns}http:{stored.stream_id}", self._index(stored)]
-        if key is not None:
-            keys.append(f"{self._ns}idem:{_key(stored.tenant, key)}")
+    async def release(self, stored: ClientRequest, key: str | None, *, ended: bool = False) -> bool:
+        """Forget it where nothing was accepted, so that the next request with this key is the first; returns whether it
+        did. Not while others count on it (``release.lua``), unless it ``ended`` with an error for all of them."""
+        hashed = "" if key is None else _key(stored.tenant, key)
+        names: list[str | int] = [stored.stream_id, hashed, _index(stored), int(ended), *stored.record_ids]
         with store_errors():
-            await self._client.delete(*keys)
+            # its text each time, and not its hash, which the server may not know yet: the key is free in one round trip
+            return bool(await cast("Awaitable[int]", self._client.eval(self._release, 0, self._ns, *names)))
 
     async def load(self, stream_id: str) -> ClientRequest | None:
         """The request of a stream, or None."""
@@ -107,13 +110,13 @@ class RequestStore:
 
     async def _put(self, stored: ClientRequest, key: str, digest: str) -> list[bytes]:
         data = await (asyncio.to_thread(_pack, stored) if len(stored.body) > THREAD_BYTES else _packed(stored))
-        index = f"{stored.tenant}:{stored.external_id}"
-        args = (self._ns, self._lifetime_ms, stored.stream_id, data, key, digest, index)
+        args = (self._ns, self._lifetime_ms, stored.stream_id, data, key, digest, _index(stored))
         with store_errors():
             return cast("list[bytes]", await self._claim(args=args))
 
-    def _index(self, stored: ClientRequest) -> str:
-        return f"{self._ns}http-id:{stored.tenant}:{stored.external_id}"
+
+def _index(stored: ClientRequest) -> str:
+    return f"{stored.tenant}:{stored.external_id}"
 
 
 def _key(tenant: str, key: str) -> str:

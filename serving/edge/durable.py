@@ -62,7 +62,10 @@ class Durable:
         skip = parse_event_id(header(scope, b"last-event-id") or "")
         first = await self._store.claim(stored, key, digest)
         if first is not None:
-            return await self.render_again(first, skip, scope, receive, send)
+            try:
+                return await self.render_again(first, skip, scope, receive, send)
+            finally:
+                self._forget_if_refused(first, key, None, exchange_of(scope))
         if any(skip.counts):
             await self._store.release(stored, key)
             raise NotFound("Nothing is kept under this Idempotency-Key; send it without Last-Event-ID to start anew.")
@@ -87,10 +90,7 @@ class Durable:
             else:
                 await render(self._app, context, scope, receive, send)
         finally:
-            error = exchange.outcome.error
-            failed_before_start = error is not None and error.retryable and exchange.status >= 500
-            if not exchange.outcome.accepted.is_set() or failed_before_start:
-                self._start(self._forget(stored, key, saved))
+            self._forget_if_refused(stored, key, saved, exchange)
 
     async def render_again(self, stored: ClientRequest, skip: Seen, scope: Scope, receive: Receive, send: Send) -> None:
         """The answer of a request that was accepted before, without the events the client has."""
@@ -112,12 +112,22 @@ class Durable:
     def _saving(self, stored: ClientRequest) -> asyncio.Task[None]:
         return self._start(self._store.save(stored))
 
-    async def _forget(self, stored: ClientRequest, key: str | None, saved: asyncio.Task[None] | None) -> None:
-        """Nothing was accepted: the next request with this key is the first. If Redis is away, it expires."""
+    def _forget_if_refused(
+        self, stored: ClientRequest, key: str | None, saved: asyncio.Task[None] | None, exchange: Exchange
+    ) -> None:
+        accepted, error = exchange.outcome.accepted.is_set(), exchange.outcome.error
+        failed_before_start = error is not None and error.retryable and exchange.status >= 500
+        if not accepted or failed_before_start:
+            self._start(self._forget(stored, key, saved, ended=accepted))
+
+    async def _forget(
+        self, stored: ClientRequest, key: str | None, saved: asyncio.Task[None] | None, *, ended: bool
+    ) -> None:
+        """Nobody gets an answer of it: the next request with this key is the first. If Redis is away, it expires."""
         if saved is not None:
             await asyncio.wait({saved})
         with suppress(StoreUnavailable):
-            await self._store.release(stored, key)
+            await self._store.release(stored, key, ended=ended)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -441,6 +441,34 @@ async def test_other_tokens_than_were_delivered_end_the_stream(ingress: Ingress)
     assert (last.finish, last.error.code) == (Finish.ERROR, "stream_interrupted")
 
 
+@pytest.mark.parametrize("paused", [True, False])
+async def test_a_log_that_grew_anew_beyond_the_reader_is_compared(ingress: Ingress, paused: bool) -> None:
+    """[I4] Its last entry is where it was, and looks the same."""
+    await opened_stream(ingress)
+    await opened_stream(ingress, "idle")
+    for index in range(6):
+        ingress.emit("r", index)
+    await ingress.until("r", 6)
+    if paused:
+        ingress.reader.pause("r")
+    lose(ingress, "r", 3)
+    again = [Frame(3, [93]), Frame(4, [94]), Frame(5, [5]), Frame(6, [6])]
+    ingress.blocking.rpush(f"{ingress.settings.namespace}tok:r", *map(encode, again))
+    ingress.kill_connection()
+    await ingress.subscribed()
+    ingress.emit("idle", 0)
+    await ingress.until("idle", 1)
+    ingress.reader.resume("r")
+
+    async def more_seen() -> bool:
+        return len(ingress.seen["r"]) > 6
+
+    await eventually_async(more_seen, PATIENCE_S, "what came of the longer log")
+    last = ingress.seen["r"][-1]
+    assert last.error is not None
+    assert last.error.code == "stream_interrupted"
+
+
 async def test_an_end_that_was_taken_back_is_read_over(ingress: Ingress) -> None:
     await opened_stream(ingress)
     for index in range(3):

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.mailbox import Mailbox
-from penstock.queue.messages import TERMINAL, Finish, Frame, decode_delivered, encode, lua_string
+from penstock.queue.messages import TERMINAL, Finish, Frame, Logprobs, decode_delivered, encode, lua_string
 from penstock.queue.readers import Progress, Readers, Revival, Standing
 from penstock.queue.redis_client import connect, connect_async
 from penstock.queue.settings import RedisSettings
@@ -50,9 +50,11 @@ class Scene:
 
         await eventually_async(both, PATIENCE_S, "both ingresses listen")
 
-    async def dispatch(self, request: str, *, expected: int = 0) -> tuple[DispatchStatus, int]:
+    async def dispatch(
+        self, request: str, *, expected: int = 0, force: bool = False, reply_to: str = "ingress:a"
+    ) -> tuple[DispatchStatus, int]:
         self.blocking.set(f"{self.settings.namespace}replica:e", b"1")
-        work = Dispatch(request, expected, "ingress:a", "e", lua_string(encode({})), "t")
+        work = Dispatch(request, expected, reply_to, "e", lua_string(encode({})), "t", force)
         (answer,) = await self.log.dispatch("d", [work])
         return answer.status, answer.attempt
 
@@ -128,6 +130,32 @@ async def test_the_last_reader_to_leave_leaves_it_unread(scene: Scene) -> None:
     assert await scene.b.detach(["r"]) == ["r"]
 
 
+async def test_who_left_before_the_first_dispatch_is_no_reader(scene: Scene) -> None:
+    await scene.b.attach(["r"])
+    assert await scene.a.detach(["r"]) == []
+    await scene.dispatch("r")
+    assert scene.field("r", "reply_to") == b"ingress:b"
+    assert await scene.b.detach(["r"]) == ["r"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_who_left_is_not_added_at_a_later_dispatch(scene: Scene, force: bool) -> None:
+    await scene.dispatch("r")
+    await scene.b.attach(["r"])
+    await scene.a.detach(["r"])
+    await scene.dispatch("r", force=force)
+    assert await scene.b.detach(["r"]) == ["r"]
+
+
+async def test_who_comes_back_reads_again(scene: Scene) -> None:
+    await scene.a.detach(["r"])
+    await scene.a.attach(["r"])
+    _, attempt = await scene.dispatch("r")
+    assert scene.field("r", "reply_to") == b"ingress:a"
+    scene.emit("r", attempt, Frame(0, [1]))
+    await scene.hears("a", 1)
+
+
 async def test_an_ingress_that_died_does_not_read(scene: Scene) -> None:
     await scene.dispatch("r")
     await Readers(scene.client, scene.settings, "ingress:dead").attach(["r"])
@@ -147,8 +175,38 @@ async def test_a_new_reader_takes_back_a_cancellation_that_met_nothing(scene: Sc
 
 async def test_a_final_cancellation_is_not_taken_back(scene: Scene) -> None:
     await scene.a.cancel(["r"], final=True)
-    await scene.b.attach(["r"])
-    assert (await scene.dispatch("r"))[0] is DispatchStatus.CANCELLED
+    assert await scene.b.attach(["r"]) == [Standing.DONE]
+    assert (await scene.dispatch("r"))[0] is DispatchStatus.DONE, "the record is completed without running"
+    assert await scene.b.revive("r", 0, b"") is Revival.FINAL
+
+
+async def test_a_final_cancellation_ends_what_waits_in_the_queue(scene: Scene) -> None:
+    """Only the record says that it is a who waits for it."""
+    assert await scene.b.cancel(["r"], final=True) == 1
+    await scene.hears("a", 1)
+    assert scene.heard["a"] == [ABORT] == await scene.log.read("r")
+    assert scene.blocking.pttl(f"{scene.settings.namespace}req:r") > scene.settings.retention_s * 1000
+    assert (await scene.dispatch("r"))[0] is DispatchStatus.DONE
+    await scene.hears("a", 2)  # it may not have listened yet
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_a_final_cancellation_ends_what_its_replica_has_lost(scene: Scene, gone: bool) -> None:
+    _, attempt = await scene.dispatch("r")
+    if gone:
+        scene.blocking.delete(f"{scene.settings.namespace}replica:e")
+    else:
+        scene.blocking.hset(f"{scene.settings.namespace}req:r", "lost", "1")
+    await scene.b.cancel(["r"], final=True)
+    await scene.hears("a", 1)
+    assert scene.emit("r", attempt, Frame(0, [7])) is AppendStatus.DONE
+
+
+async def test_a_final_cancellation_of_what_runs_is_left_to_its_engine(scene: Scene) -> None:
+    _, attempt = await scene.dispatch("r")
+    await scene.b.cancel(["r"], final=True)
+    assert await scene.log.read("r") == []
+    assert scene.emit("r", attempt, ABORT) is AppendStatus.OK
 
 
 async def parked(scene: Scene, end: Frame = ABORT) -> None:
@@ -191,6 +249,17 @@ async def test_only_one_reader_revives(scene: Scene) -> None:
     assert await scene.b.revive("r", 2, b"") is Revival.LIVE
 
 
+async def test_who_comes_too_late_to_revive_reads_along(scene: Scene) -> None:
+    await parked(scene)
+    assert await scene.a.attach(["r"]) == [Standing.DONE]
+    await scene.b.revive("r", 2, b"")
+    heard = len(scene.heard["a"])
+    assert await scene.a.revive("r", 2, b"") is Revival.LIVE
+    _, attempt = await scene.dispatch("r", expected=2, reply_to="ingress:b")
+    scene.emit("r", attempt, Frame(2, [9]))
+    await scene.hears("a", heard + 1)
+
+
 async def test_a_proper_end_cannot_be_revived_away(scene: Scene) -> None:
     await parked(scene)
     assert await scene.b.revive("r", 1, b"") is Revival.LIVE
@@ -201,6 +270,15 @@ async def test_cancelled_for_good_is_never_revived(scene: Scene) -> None:
     await parked(scene)
     await scene.b.cancel(["r"], final=True)
     assert await scene.b.revive("r", 2, b"") is Revival.FINAL
+
+
+@pytest.mark.parametrize("end", [Finish.LENGTH, Finish.ERROR])
+async def test_what_has_ended_stays_as_it_is(scene: Scene, end: Finish) -> None:
+    await scene.dispatch("r")
+    logprobs = Logprobs(1, b"\xff" * 4, b"\xff" * 4, b"\xff" * 4)
+    scene.emit("r", 1, Frame(0, [7], finish=end, logprobs=logprobs))
+    assert await scene.b.cancel(["r"], final=True) == 0
+    assert await scene.b.progress(["r"]) == [Progress(True, 1, False)]
 
 
 @pytest.mark.parametrize("record", ["r", "r:1"])

@@ -15,9 +15,11 @@ import pytest
 from penstock.queue.dead_letters import DeadLetter
 from penstock.queue.errors import InvalidRecord, QueueUnavailable, UnknownVersion
 from penstock.queue.local.redis_server import RedisServer
+from penstock.queue.messages import Finish
 from penstock.queue.payloads import GRACE_S
 from penstock.queue.protocol import Bound, Budget, Delivery, Depth, RequestQueue
 from penstock.queue.records import PriorityClass, Record, encode_record
+from penstock.queue.token_log import RequestLog
 from tests.contract.queue.harness import Harness, settings
 from tests.contract.servers import Server
 
@@ -351,6 +353,43 @@ async def test_a_missing_payload_is_dead_lettered(harness: Harness) -> None:
     (letter,) = await dead_letters(queue, 1)
     assert "payload" in letter.reason
     assert letter.record().id == lost.id
+
+
+async def test_the_request_of_a_lost_payload_ends(harness: Harness) -> None:
+    """[I5]"""
+    queue = harness.open(max_record_bytes=2000)
+    lost = harness.record(tokens=1000)
+    await queue.publish(lost)
+    await harness.redis.delete(*await payloads(harness))
+    await dead_letters(queue, 1)
+    assert await error_of(harness, lost.id) == ("invalid_record", True)
+
+
+async def test_the_request_of_an_unknown_version_ends(harness: Harness) -> None:
+    """[I5]"""
+    queue, newer = harness.open(), harness.record()
+    await queue.ping()
+    unknown = {"v": 99, "id": newer.id, "reply_to": newer.reply_to, "prompt": {"of": "another kind"}}
+    await harness.publish_raw(msgspec.msgpack.encode(unknown))
+    await dead_letters(queue, 1)
+    assert await error_of(harness, newer.id) == ("unknown_record_version", True)
+
+
+async def test_a_payload_that_cannot_be_read_is_dead_lettered(harness: Harness) -> None:
+    queue = harness.open(max_record_bytes=2000)
+    await queue.publish(harness.record(tokens=1000))
+    (key,) = await payloads(harness)
+    await harness.redis.set(key, b"junk")
+    (letter,) = await dead_letters(queue, 1)
+    assert "payload" in letter.reason
+
+
+async def error_of(harness: Harness, request_id: str) -> tuple[str, bool]:
+    """Code of the error that is all the request's log holds, and whether to try again."""
+    (frame,) = await RequestLog(harness.redis, harness.redis_settings).read(request_id)
+    assert frame.finish is Finish.ERROR
+    assert frame.error is not None
+    return frame.error.code, frame.error.retryable
 
 
 async def payloads(harness: Harness) -> list[str]:
