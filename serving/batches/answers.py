@@ -22,11 +22,15 @@ CANCELLED = ("batch_cancelled", "This request was not executed because the batch
 
 
 class Reply(NamedTuple):
-    """The answer to one request, as a client would get it; names of headers are in lower case."""
+    """The answer to one request, as a client would get it; names of headers are in lower case.
+
+    ``records`` are the ids under which the queue has the request; none where it was refused before.
+    """
 
     status: int
     headers: dict[str, str]
     body: bytes
+    records: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -41,9 +41,10 @@ class InnerBackend:
                         return reply
         elif (reply := await self._answered(attached(asked))) is not None:
             return reply
-        response = await self._inner.respond(asked)
+        context = attached(asked)
+        response = await self._inner.respond(context)
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
-        return Reply(response.status, headers, response.body)
+        return Reply(response.status, headers, response.body, _records(context))
 
     async def _answered(self, context: RequestContext) -> Reply | None:
         """The answer, without HTTP; None where there is none and the whole application is to say why. Sets the context
@@ -55,12 +56,16 @@ class InnerBackend:
         answer = await self._handlers.answer(asked, scope_of(asked, {}))
         if not isinstance(answer, Answer) or answer.status != 200 or context.outcome.error is not None:
             return None
-        return Reply(200, {"x-request-id": asked.external_id}, answer.body)
+        return Reply(200, {"x-request-id": asked.external_id}, answer.body, _records(context))
 
     async def stop(self, requests: Sequence[LineRequest]) -> None:
         """Have engines stop what they do for these; nobody will ask for them again."""
         ids = [record_id for request in requests for record_id in stored(request).record_ids]
         await self._readers.cancel(ids, final=True)
+
+
+def _records(context: RequestContext) -> tuple[str, ...]:
+    return tuple(context.request.record_ids) if context.outcome.accepted.is_set() else ()
 
 
 def stored(request: LineRequest) -> ClientRequest:

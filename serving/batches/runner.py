@@ -96,18 +96,21 @@ class LineRunner:
 
     async def _ask(self, index: int, body: bytes) -> Reply:
         """Each try has a stream id of its own, in the same order for everybody: who takes over finds earlier tries in
-        the token log and comes to the one that was under way."""
+        the token log and comes to the one that was under way. What the queue has refused was no try: it left nothing
+        to be found."""
         failures = tries = 0
+        pause, fresh = FIRST_PAUSE_S, index >= self._fresh_from
         while True:
-            request = self._under_way[index] = self._request(index, tries, body)
+            request = self._under_way[index] = self._request(index, tries, body, fresh)
             reply = await self._try(request)
             failures += reply.status in RETRY_STATUSES
             if not _retryable(reply) or failures >= self._max_attempts:
                 return reply
             log.warning("line_retried", batch_id=self._spec.id, line=index + 1, status=reply.status)
-            pause = min(FIRST_PAUSE_S * 2**tries, LONGEST_PAUSE_S)
-            tries += 1
+            tries += bool(reply.records)
+            fresh = False  # the broker may have stored what it did not acknowledge
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, LONGEST_PAUSE_S)
 
     async def _try(self, request: LineRequest) -> Reply:
         try:
@@ -118,7 +121,7 @@ class LineRunner:
             log.exception("line_failed", stream_id=request.stream_id)
             return refusal(INTERNAL)
 
-    def _request(self, index: int, tries: int, body: bytes) -> LineRequest:
+    def _request(self, index: int, tries: int, body: bytes, fresh: bool) -> LineRequest:
         spec = self._spec
         return LineRequest(
             stream_id=f"{spec.id}-{index}" + (f"-r{tries}" if tries else ""),
@@ -130,7 +133,7 @@ class LineRunner:
             priority_class=self._urgency.priority(),
             deadline_ms=spec.expires_ms,
             tags={"batch_id": spec.id},
-            fresh=index >= self._fresh_from,
+            fresh=fresh,
         )
 
 

@@ -19,13 +19,16 @@ import pytest
 import pytest_asyncio
 import redis.asyncio
 
+from penstock.queue.errors import QueueUnavailable
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.records import new_request_id, now_ms
 from penstock.queue.redis_client import connect_async
 from penstock.queue.settings import RedisSettings
+from penstock.serving.batches.answers import Reply
 from penstock.serving.batches.coordinator import Coordinator, Parts
 from penstock.serving.batches.inspection import Inspector
 from penstock.serving.batches.model import Batch, BatchSpec, Status, new_batch_id
+from penstock.serving.batches.runner import LineRequest
 from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.batches.slots import FairSlots
 from penstock.serving.batches.store import BatchStore, LeaseLost
@@ -164,6 +167,7 @@ class Bench:
         assert sorted(row["custom_id"] for row in found) == sorted(f"c{i}" for i in range(LINES))
         assert (batch.counters.completed, batch.counters.failed, batch.total) == (LINES, 0, LINES)
         assert set(self.fleet.runs.values()) == {1}
+        assert not self.fleet.missed
         await self.check_clean(batch)
 
     async def check_clean(self, batch: Batch) -> None:
@@ -221,6 +225,32 @@ async def test_killed_again_and_again(bench: Bench) -> None:
             await bench.coordinate(Killer(chance.randint(0, 12), chance.random() < 0.5))
         await bench.coordinate()
         await bench.check_all_answered()
+
+
+async def test_refused_first_then_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal leaves no run: whoever takes over finds that of the next try."""
+    monkeypatch.setattr("penstock.serving.batches.runner.FIRST_PAUSE_S", 0.001)
+    for after in (False, True):
+        for at in range(3, 9):  # around the commits
+            await bench.begin()
+            bench.fleet.answer = _refused_once()
+            await bench.coordinate(Killer(at, after))
+            await bench.coordinate()
+            await bench.check_all_answered()
+            assert len(bench.fleet.runs) == LINES
+
+
+def _refused_once() -> Callable[[LineRequest], Awaitable[Reply]]:
+    refused = set()
+
+    async def answer(request: LineRequest) -> Reply:
+        line_id, _, _ = request.stream_id.partition("-r")
+        if line_id not in refused:
+            refused.add(line_id)
+            raise QueueUnavailable("a blip")
+        return chat_reply()
+
+    return answer
 
 
 async def test_cancelled_and_killed(bench: Bench) -> None:
