@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from penstock.queue.readers import Readers
-from penstock.queue.records import now_ms
+from penstock.queue.records import PriorityClass, now_ms
 from penstock.serving.batches.answers import Reply
 from penstock.serving.batches.runner import LineRequest
 from penstock.serving.context import NOTHING_SEEN, RequestContext, enter
@@ -57,6 +57,10 @@ class InnerBackend:
         if not isinstance(answer, Answer) or answer.status != 200 or context.outcome.error is not None:
             return None
         return Reply(200, {"x-request-id": asked.external_id}, answer.body, _records(context))
+
+    async def urge(self, requests: Sequence[LineRequest]) -> None:
+        """Publish again what waits in the batch class: a record that is published twice runs once."""
+        await self._handlers.engine.urge({request.stream_id for request in requests}, PriorityClass.STANDARD)
 
     async def stop(self, requests: Sequence[LineRequest]) -> None:
         """Have engines stop what they do for these; nobody will ask for them again."""

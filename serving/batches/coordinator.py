@@ -151,15 +151,16 @@ class Coordinator:
         runner = LineRunner(batch.spec, self._parts.backend, self._parts.settings, urgency, self._fresh_from(done))
         committing = asyncio.create_task(results.keep_committing())
         running = asyncio.create_task(self._run_lines(batch, done, runner, results))
+        urging = asyncio.create_task(runner.keep_urging())
         try:
-            await asyncio.wait({running, committing}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({running, committing, urging}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _stop(running, committing)
+            await _stop(running, committing, urging)
             if committing.cancelled():  # else the lease is lost
                 await results.commit()
             if self._over(batch):
                 await runner.stop()
-        for task in (committing, running):
+        for task in (committing, running, urging):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise _root(error)
 

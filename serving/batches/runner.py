@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import msgspec
 
-from penstock.queue.errors import PenstockError
+from penstock.queue.errors import PenstockError, TransientError
 from penstock.queue.logs import get_logger
 from penstock.queue.records import PriorityClass
 from penstock.serving.batches.answers import (
@@ -29,6 +30,8 @@ from penstock.serving.errors import INTERNAL
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 """Pauses double from one try to the next, up to half a minute: a fleet that comes back is used soon, not stormed."""
+URGE_S = 5.0
+"""How often it is looked whether the batch has become urgent; windows are an hour at least."""
 log = get_logger()
 
 
@@ -55,6 +58,9 @@ class Backend(Protocol):
 
     async def respond(self, request: LineRequest) -> Reply:
         """The answer. Cancelling this stops nothing: whoever asks again finds the run."""
+
+    async def urge(self, requests: Sequence[LineRequest]) -> None:
+        """Move these up to the standard class; may be repeated. Raises :class:`TransientError`."""
 
     async def stop(self, requests: Sequence[LineRequest]) -> None:
         """Stop these runs; nobody will ask for them again."""
@@ -93,6 +99,20 @@ class LineRunner:
         """Stop what was under way when :meth:`run` was cancelled."""
         if self._under_way:
             await self._backend.stop(list(self._under_way.values()))
+
+    async def keep_urging(self) -> None:
+        """When the batch becomes urgent, have what it has under way move up as well: all its slots may be waiting in a
+        class whose turn never comes. Goes on for ever."""
+        while True:
+            await asyncio.sleep(URGE_S)
+            if self._urgency.priority() is PriorityClass.STANDARD and (behind := self._behind()):
+                with suppress(TransientError):
+                    await self._backend.urge(behind)
+
+    def _behind(self) -> list[LineRequest]:
+        """What was sent in the batch class, or may have been by somebody else."""
+        requests = self._under_way.values()
+        return [each for each in requests if not each.fresh or each.priority_class is PriorityClass.BATCH]
 
     async def _ask(self, index: int, body: bytes) -> Reply:
         """Each try has a stream id of its own, in the same order for everybody: who takes over finds earlier tries in

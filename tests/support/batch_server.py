@@ -76,6 +76,7 @@ class Fleet:
     asked: list[LineRequest] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
+    urged: set[str] = field(default_factory=set)
 
     async def respond(self, request: LineRequest) -> Reply:
         """Attach to the run there is, or begin it."""
@@ -88,6 +89,10 @@ class Fleet:
             self.missed.append(name)
         reply = await asyncio.shield(self.log[name])
         return reply._replace(records=(name,))
+
+    async def urge(self, requests: Sequence[LineRequest]) -> None:
+        """Note that these are wanted sooner."""
+        self.urged.update(request.stream_id for request in requests)
 
     async def stop(self, requests: Sequence[LineRequest]) -> None:
         """End these runs."""
