@@ -8,16 +8,19 @@ was started again in the middle of a step, the step is done again: see :mod:`pen
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
-from penstock.queue.errors import TransientError
+import msgspec
+
+from penstock.queue.errors import PermanentError, TransientError
 from penstock.queue.logs import get_logger
 from penstock.queue.records import now_ms
 from penstock.serving.batches.answers import CANCELLED, EXPIRED, unanswered
-from penstock.serving.batches.assembly import assemble
-from penstock.serving.batches.lines import LineSplitter, Problem, RawLine, read_envelope
+from penstock.serving.batches.assembly import SegmentLost, assemble
+from penstock.serving.batches.lines import BadLine, LineSplitter, Problem, RawLine, read_envelope
 from penstock.serving.batches.model import Batch, Status
 from penstock.serving.batches.ordering import in_prompt_order
 from penstock.serving.batches.results import RETRY_S, SEGMENT_LINES, Results, folder_of
@@ -29,6 +32,7 @@ from penstock.serving.batches.urgency import Urgency
 from penstock.serving.batches.validation import problems_of
 from penstock.serving.files.catalog import FileCatalog
 from penstock.serving.files.objects import ObjectMissing, StorageFull
+from penstock.serving.files.orphans import MARKER
 
 RENEW_S = LEASE_S / 4
 """Three renewals may fail before the lease runs out; also how soon a cancellation is noticed."""
@@ -37,7 +41,18 @@ DURABLE_S = 3.0
 INPUT_LOST = Problem(
     "input_file_lost", "The input file's content is no longer in the file store.", param="input_file_id"
 )
+INPUT_CHANGED = Problem(
+    "input_file_changed", "The input file's content is not what it was when it was uploaded.", param="input_file_id"
+)
+UNFINISHABLE = (ObjectMissing, SegmentLost, BadLine, msgspec.DecodeError)
+"""What a step raises that would be raised for ever."""
 log = get_logger()
+
+
+class StoreMissing(PermanentError):
+    """This ingress does not reach the file store: another one may."""
+
+    code = "file_store_missing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +80,7 @@ class Coordinator:
         self._life = ""
         self._unbegun = False
         self._fed = False
+        self._runner: LineRunner | None = None
 
     async def run(self) -> None:
         """Return when the batch has ended. Raises :class:`LeaseLost`, perhaps in a group."""
@@ -105,9 +121,8 @@ class Coordinator:
             return not await self._close(batch)
         try:
             await step(batch)
-        except ObjectMissing:
-            log.error("input_lost", batch_id=self._id)
-            await self._end(batch, Status.FAILED, problems=encode_problems([INPUT_LOST]))
+        except UNFINISHABLE as error:
+            await self._fail(batch, error)
         return True
 
     def _steps(self) -> dict[Status, Callable[[Batch], Awaitable[None]]]:
@@ -149,6 +164,7 @@ class Coordinator:
         results = Results(self._id, self._owner, self._store, self._parts.catalog.objects)
         urgency = Urgency(batch.spec, batch.total - int.from_bytes(done).bit_count(), self._parts.settings.urgent_share)
         runner = LineRunner(batch.spec, self._parts.backend, self._parts.settings, urgency, self._fresh_from(done))
+        self._runner = runner
         committing = asyncio.create_task(results.keep_committing())
         running = asyncio.create_task(self._run_lines(batch, done, runner, results))
         urging = asyncio.create_task(runner.keep_urging())
@@ -190,7 +206,7 @@ class Coordinator:
 
     async def _lines(self, batch: Batch, done: bytearray) -> AsyncIterator[RawLine]:
         """Lines of the input that are not finished."""
-        splitter = LineSplitter(self._parts.settings.max_line_bytes)
+        splitter = LineSplitter(sys.maxsize)  # the limit was that of the upload; it may have been lowered since
         async with aclosing(self._parts.catalog.objects.read(batch.spec.input_file_id)) as pieces:
             async for piece in pieces:
                 for line in splitter.feed(piece):
@@ -213,9 +229,21 @@ class Coordinator:
         await results.commit()
         await self._end(batch, ending)
 
-    async def _end(self, batch: Batch, ending: Status, **fields: bytes) -> None:
-        files = await assemble(batch, await self._store.segments(self._id), self._parts.catalog)
+    async def _end(self, batch: Batch, ending: Status, *, whole: bool = True, **fields: bytes) -> None:
+        files = await assemble(batch, await self._store.segments(self._id), self._parts.catalog, whole=whole)
         await self._move(batch.status, ending, **files, **fields)
+
+    async def _fail(self, batch: Batch, error: Exception) -> None:
+        """It ends with what there is, unless it is this ingress that has no file store."""
+        problem = _problem(error)
+        try:
+            await self._parts.catalog.objects.get(MARKER)
+        except ObjectMissing:
+            raise StoreMissing(f"{self._id}: there is no {MARKER} in the file store; is it mounted?") from error
+        if self._runner is not None:
+            await self._runner.stop()
+        log.error("batch_unfinishable", batch_id=self._id, code=problem.code, error=str(error))
+        await self._end(batch, Status.FAILED, whole=False, problems=encode_problems([problem]))
 
     async def _move(self, old: Status, new: Status, **fields: str | bytes | int) -> None:
         """Not if it was cancelled meanwhile: the next step sees that."""
@@ -238,6 +266,12 @@ def is_done(done: bytearray, index: int) -> bool:
     """Whether this line's bit is set, in Redis' order of bits."""
     byte = index >> 3
     return byte < len(done) and bool(done[byte] & (0x80 >> (index & 7)))
+
+
+def _problem(error: Exception) -> Problem:
+    if isinstance(error, SegmentLost):
+        return Problem(error.code, f"{error}.")
+    return INPUT_LOST if isinstance(error, ObjectMissing) else INPUT_CHANGED
 
 
 def _root(error: BaseException) -> BaseException:

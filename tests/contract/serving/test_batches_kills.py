@@ -25,7 +25,7 @@ from penstock.queue.records import new_request_id, now_ms
 from penstock.queue.redis_client import connect_async
 from penstock.queue.settings import RedisSettings
 from penstock.serving.batches.answers import Reply
-from penstock.serving.batches.coordinator import Coordinator, Parts
+from penstock.serving.batches.coordinator import Coordinator, Parts, StoreMissing
 from penstock.serving.batches.inspection import Inspector
 from penstock.serving.batches.model import Batch, BatchSpec, Status, new_batch_id
 from penstock.serving.batches.runner import LineRequest
@@ -34,6 +34,7 @@ from penstock.serving.batches.slots import FairSlots
 from penstock.serving.batches.store import BatchStore, LeaseLost
 from penstock.serving.files.catalog import FileCatalog, FileMeta, new_file_id
 from penstock.serving.files.objects import ObjectStore
+from penstock.serving.files.orphans import MARKER
 from penstock.serving.files.settings import FilesSettings
 from tests.support.batch_server import CHAT, MODEL, Fleet, chat_reply, jsonl, line
 from tests.support.waiting import eventually_async
@@ -88,6 +89,7 @@ class Bench:
         self.settings = settings
         self.root = root
         self.fleet = Fleet()
+        self.batches = BatchSettings()
         self.spec = self._spec()
 
     def _spec(self, window_ms: int = 3_600_000, metadata: dict[str, str] | None = None) -> BatchSpec:
@@ -113,7 +115,7 @@ class Bench:
             killer.guard(objects, OBJECT_WRITES)
             killer.guard(catalog, CATALOG_WRITES)
             killer.guard(store, STORE_WRITES)
-        return Parts(store, catalog, self.fleet, FairSlots(16), BatchSettings(), MODEL)
+        return Parts(store, catalog, self.fleet, FairSlots(16), self.batches, MODEL)
 
     async def begin(self, **options: Any) -> None:
         """A new batch; whatever ran for the last one has nothing to do with it."""
@@ -125,6 +127,7 @@ class Bench:
         parts = self.parts()
         inspection = msgspec.msgpack.encode(inspector.finish())
         file_id = self.spec.input_file_id
+        await parts.catalog.objects.put(MARKER, b"its name")
         await parts.catalog.objects.put(file_id, content)
         await parts.catalog.add(
             FileMeta(id=file_id, tenant="t", filename="in", purpose="batch", size=len(content), created_ms=now_ms())
@@ -171,7 +174,7 @@ class Bench:
         await self.check_clean(batch)
 
     async def check_clean(self, batch: Batch) -> None:
-        kept = {self.spec.input_file_id, batch.output_file_id, batch.error_file_id} - {None}
+        kept = {MARKER, self.spec.input_file_id, batch.output_file_id, batch.error_file_id} - {None}
         assert {path.name for path in _files(self.root)} - _outputs_of_others(self.root, kept) == kept
         keys = [key.decode() async for key in self.client.scan_iter(f"*{self.spec.id}*")]
         assert keys == [f"{self.settings.namespace}batch:{self.spec.id}"]
@@ -353,3 +356,60 @@ async def test_no_slot_is_lost_however_it_ends(bench: Bench) -> None:
                 await parts.slots.acquire("t")
         for _ in range(16):
             parts.slots.release("t")
+
+
+async def _killed_half_way(bench: Bench) -> None:
+    """Some lines are finished, and in segments."""
+    for at in range(3, 20):
+        await bench.begin()
+        await bench.coordinate(Killer(at))
+        if (await bench.batch()).counters.completed:
+            break
+        await bench.coordinate()
+    batch = await bench.batch()
+    assert 0 < batch.counters.completed < LINES
+    assert batch.status is Status.IN_PROGRESS
+
+
+async def test_a_lost_segment_ends_the_batch(bench: Bench) -> None:
+    await _killed_half_way(bench)
+    store = bench.parts().store
+    lost = await store.segments(bench.spec.id)
+    assert lost
+    for segment in lost:
+        (bench.root / segment.name).unlink()
+    await bench.coordinate()
+    batch = await bench.batch()
+    assert (batch.status, [each.code for each in batch.problems]) == (Status.FAILED, ["results_lost"])
+    assert len(await bench.rows(batch.output_file_id)) == LINES - sum(each.lines for each in lost)
+    await bench.check_clean(batch)
+
+
+async def test_a_changed_input_ends_the_batch(bench: Bench) -> None:
+    await _killed_half_way(bench)
+    finished = (await bench.batch()).counters.completed
+    content = (bench.root / bench.spec.input_file_id).read_bytes()
+    (bench.root / bench.spec.input_file_id).write_bytes(content[: len(content) // 2] + b"oops")
+    await bench.coordinate()
+    batch = await bench.batch()
+    assert (batch.status, [each.code for each in batch.problems]) == (Status.FAILED, ["input_file_changed"])
+    assert len(await bench.rows(batch.output_file_id)) >= finished > 0
+
+
+async def test_a_lower_limit_is_for_later_uploads(bench: Bench) -> None:
+    await _killed_half_way(bench)
+    bench.batches = BatchSettings.model_construct(**BatchSettings().model_dump() | {"max_line_bytes": 10})
+    await bench.coordinate()
+    await bench.check_all_answered()
+
+
+async def test_who_has_no_file_store_ends_nothing(bench: Bench, tmp_path: Path) -> None:
+    await _killed_half_way(bench)
+    bench.root = tmp_path / "not mounted"
+    with pytest.raises(ExceptionGroup) as raised:
+        await bench.coordinate()
+    assert raised.value.split(StoreMissing)[1] is None
+    assert (await bench.batch()).status is Status.IN_PROGRESS
+    bench.root = tmp_path
+    await bench.coordinate()
+    await bench.check_all_answered()
