@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
+from penstock.queue.errors import RequestError
 from penstock.queue.readers import Readers
 from penstock.queue.records import PriorityClass, now_ms
 from penstock.serving.batches.answers import Reply
@@ -62,10 +63,19 @@ class InnerBackend:
         """Publish again what waits in the batch class: a record that is published twice runs once."""
         await self._handlers.engine.urge({request.stream_id for request in requests}, PriorityClass.STANDARD)
 
-    async def stop(self, requests: Sequence[LineRequest]) -> None:
-        """Have engines stop what they do for these; nobody will ask for them again."""
-        ids = [record_id for request in requests for record_id in stored(request).record_ids]
-        await self._readers.cancel(ids, final=True)
+    async def stop(self, requests: Sequence[LineRequest]) -> list[LineRequest]:
+        """Have engines stop what they do for these; nobody will ask for them again. Returns those that had ended."""
+        owners = {record_id: request for request in requests for record_id in _record_ids(request)}
+        progress = await self._readers.progress(list(owners))
+        await self._readers.cancel(list(owners), final=True)
+        live = {request.stream_id for request, each in zip(owners.values(), progress, strict=True) if not each.done}
+        return [request for request in requests if request.stream_id not in live]
+
+
+def _record_ids(request: LineRequest) -> list[str]:
+    with suppress(RequestError):
+        return stored(request).record_ids
+    return []  # it cannot have been published
 
 
 def _records(context: RequestContext) -> tuple[str, ...]:

@@ -22,9 +22,9 @@ from penstock.serving.batches.answers import CANCELLED, EXPIRED, unanswered
 from penstock.serving.batches.assembly import SegmentLost, assemble
 from penstock.serving.batches.lines import BadLine, LineSplitter, Problem, RawLine, read_envelope
 from penstock.serving.batches.model import Batch, Status
-from penstock.serving.batches.ordering import in_prompt_order
-from penstock.serving.batches.results import RETRY_S, SEGMENT_LINES, Results, folder_of
-from penstock.serving.batches.runner import Backend, LineRunner
+from penstock.serving.batches.ordering import blocks, in_prompt_order
+from penstock.serving.batches.results import RETRY_S, SEGMENT_BYTES, SEGMENT_LINES, Results, folder_of
+from penstock.serving.batches.runner import Backend, LineRunner, stop_begun
 from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.batches.slots import FairSlots
 from penstock.serving.batches.store import LEASE_S, BatchStore, encode_problems
@@ -78,7 +78,8 @@ class Coordinator:
         self._cancelled = asyncio.Event()
         self._restarted = asyncio.Event()
         self._life = ""
-        self._unbegun = False
+        self._ours = False
+        """Nobody has begun a line, or this coordinator alone, the only time it fed them."""
         self._fed = False
         self._runner: LineRunner | None = None
 
@@ -142,7 +143,7 @@ class Coordinator:
             await self._move(Status.VALIDATING, Status.FAILED, problems=encode_problems(problems))
         else:
             await self._move(Status.VALIDATING, Status.IN_PROGRESS, total=found.lines, model=found.model or "")
-            self._unbegun = True
+            self._ours = not self._fed
 
     async def _work(self, batch: Batch) -> None:
         left_s = batch.spec.expires_ms / 1000 - now_ms() / 1000
@@ -181,10 +182,13 @@ class Coordinator:
                 raise _root(error)
 
     def _fresh_from(self, done: bytearray) -> int:
-        """The first line that nobody can have begun: lines are begun block by block, and of the block before the last
-        some are finished. Only who has just validated a batch knows that none was begun."""
-        unbegun, self._unbegun, self._fed = self._unbegun and not self._fed, False, True
-        return 0 if unbegun else len(done) * 8 + 2 * self._parts.settings.look_ahead_lines
+        """The first line that nobody can have begun. Only who has just validated a batch knows that none was begun."""
+        self._ours, self._fed = self._ours and not self._fed, True
+        return 0 if self._ours else self._begun_below(done)
+
+    def _begun_below(self, done: bytearray) -> int:
+        """Lines are begun block by block, and of the block before the last some are finished."""
+        return len(done) * 8 + 2 * self._parts.settings.look_ahead_lines
 
     def _over(self, batch: Batch) -> bool:
         """Whether nobody will want the answers that are not there yet."""
@@ -217,16 +221,19 @@ class Coordinator:
                 yield line
 
     async def _give_up(self, batch: Batch, ending: Status, code: str, message: str) -> None:
-        """Every line that is not finished ends as an error of this code; then the batch ends."""
+        """Every line that is not finished is stopped and ends as an error of this code; then the batch ends."""
         results = Results(self._id, self._owner, self._store, self._parts.catalog.objects)
-        done = await self._store.done(self._id)
+        done, backend = await self._store.done(self._id), self._parts.backend
+        begun = 0 if self._ours else self._begun_below(done)
         if batch.total:  # else it never began
-            async for line in self._lines(batch, done):
-                custom_id = read_envelope(line.data or b"").custom_id
-                results.add(unanswered(self._id, line.at, custom_id, code, message))
-                if line.at % SEGMENT_LINES == 0:
+            async with aclosing(blocks(self._lines(batch, done), SEGMENT_LINES, SEGMENT_BYTES)) as unfinished:
+                async for block in unfinished:
+                    doubtful = [line for line in block if line.at < begun]
+                    await stop_begun(batch.spec, backend, doubtful, self._parts.settings.max_attempts)
+                    for line in block:
+                        custom_id = read_envelope(line.data or b"").custom_id
+                        results.add(unanswered(self._id, line.at, custom_id, code, message))
                     await results.commit()
-        await results.commit()
         await self._end(batch, ending)
 
     async def _end(self, batch: Batch, ending: Status, *, whole: bool = True, **fields: bytes) -> None:

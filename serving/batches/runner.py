@@ -62,8 +62,9 @@ class Backend(Protocol):
     async def urge(self, requests: Sequence[LineRequest]) -> None:
         """Move these up to the standard class; may be repeated. Raises :class:`TransientError`."""
 
-    async def stop(self, requests: Sequence[LineRequest]) -> None:
-        """Stop these runs; nobody will ask for them again."""
+    async def stop(self, requests: Sequence[LineRequest]) -> list[LineRequest]:
+        """Stop these runs, also those that are not known yet; nobody will ask for them again. Returns those that had
+        ended by themselves."""
 
 
 class _Line(msgspec.Struct):
@@ -121,7 +122,7 @@ class LineRunner:
         failures = tries = 0
         pause, fresh = FIRST_PAUSE_S, index >= self._fresh_from
         while True:
-            request = self._under_way[index] = self._request(index, tries, body, fresh)
+            request = self._under_way[index] = _request(self._spec, index, tries, body, self._urgency.priority(), fresh)
             reply = await self._try(request)
             failures += reply.status in RETRY_STATUSES
             if not _retryable(reply) or failures >= self._max_attempts:
@@ -141,20 +142,43 @@ class LineRunner:
             log.exception("line_failed", stream_id=request.stream_id)
             return refusal(INTERNAL)
 
-    def _request(self, index: int, tries: int, body: bytes, fresh: bool) -> LineRequest:
-        spec = self._spec
-        return LineRequest(
-            stream_id=f"{spec.id}-{index}" + (f"-r{tries}" if tries else ""),
-            external_id=f"{spec.id.removeprefix('batch_')}-{index}",
-            tenant=spec.tenant,
-            key_id=spec.key_id,
-            path=spec.endpoint,
-            body=body,
-            priority_class=self._urgency.priority(),
-            deadline_ms=spec.expires_ms,
-            tags={"batch_id": spec.id},
-            fresh=fresh,
-        )
+
+async def stop_begun(spec: BatchSpec, backend: Backend, lines: Sequence[RawLine], max_tries: int) -> None:
+    """Stop what another coordinator, that is gone, may have under way of these lines: of each the first try that has
+    not ended."""
+    requests = [_request(spec, line.at, 0, bytes(_line.decode(line.data or b"").body)) for line in lines]
+    for tries in range(1, max_tries + 1):
+        if requests:
+            ended = await backend.stop(requests)
+            requests = [msgspec.structs.replace(each, stream_id=_stream_id(each.stream_id, tries)) for each in ended]
+
+
+def _stream_id(stream_id: str, tries: int) -> str:
+    """That of the first try, or of any other, made that of this one."""
+    first, _, _ = stream_id.partition("-r")
+    return f"{first}-r{tries}" if tries else first
+
+
+def _request(
+    spec: BatchSpec,
+    index: int,
+    tries: int,
+    body: bytes,
+    priority_class: PriorityClass = PriorityClass.BATCH,
+    fresh: bool = False,
+) -> LineRequest:
+    return LineRequest(
+        stream_id=_stream_id(f"{spec.id}-{index}", tries),
+        external_id=f"{spec.id.removeprefix('batch_')}-{index}",
+        tenant=spec.tenant,
+        key_id=spec.key_id,
+        path=spec.endpoint,
+        body=body,
+        priority_class=priority_class,
+        deadline_ms=spec.expires_ms,
+        tags={"batch_id": spec.id},
+        fresh=fresh,
+    )
 
 
 def _retryable(reply: Reply) -> bool:

@@ -94,11 +94,11 @@ class Fleet:
         """Note that these are wanted sooner."""
         self.urged.update(request.stream_id for request in requests)
 
-    async def stop(self, requests: Sequence[LineRequest]) -> None:
-        """End these runs."""
-        for request in requests:
-            self.stopped.append(request.stream_id)
-            self.log[request.stream_id].cancel()
+    async def stop(self, requests: Sequence[LineRequest]) -> list[LineRequest]:
+        """End these runs; those that are not known never run."""
+        self.stopped += [request.stream_id for request in requests]
+        runs = [(request, self.log.get(request.stream_id)) for request in requests]
+        return [request for request, run in runs if run is not None and not run.cancel()]
 
     async def _run(self, request: LineRequest) -> Reply:
         try:

@@ -318,7 +318,8 @@ def _until(event: asyncio.Event, quick: int) -> Any:
     """The first ``quick`` lines are answered at once, the others when the event is set."""
 
     async def answer(request: Any) -> Any:
-        if int(request.stream_id.rpartition("-")[2]) >= quick:
+        line_id, _, _ = request.stream_id.partition("-r")
+        if int(line_id.rpartition("-")[2]) >= quick:
             await event.wait()
         return chat_reply()
 
@@ -413,3 +414,41 @@ async def test_who_has_no_file_store_ends_nothing(bench: Bench, tmp_path: Path) 
     bench.root = tmp_path
     await bench.coordinate()
     await bench.check_all_answered()
+
+
+@pytest.mark.parametrize("ending", [Status.CANCELLED, Status.EXPIRED])
+async def test_what_a_dead_one_has_under_way_is_stopped(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, ending: Status
+) -> None:
+    """Its successor never asks for those lines: the batch has ended meanwhile."""
+    monkeypatch.setattr("penstock.serving.batches.runner.FIRST_PAUSE_S", 0.001)
+    await bench.begin(window_ms=3_600_000 if ending is Status.CANCELLED else 2_000)
+
+    async def answer(request: LineRequest) -> Reply:
+        if request.stream_id.endswith("-5"):
+            return Reply(502, {}, b"{}")
+        return await _until(asyncio.Event(), 0 if request.stream_id.endswith("-r1") else 20)(request)
+
+    bench.fleet.answer = answer
+    first = asyncio.create_task(bench.coordinate())
+    await eventually_async(bench.has_asked(20 + 16), 10, "all slots wait")
+    first.cancel()
+    await asyncio.wait([first])
+    assert not bench.fleet.stopped
+    running = [name for name, run in bench.fleet.log.items() if not run.done()]
+    assert len(running) == 16
+    assert f"{bench.spec.id}-5-r1" in running
+    if ending is Status.CANCELLED:
+        await bench.parts().store.transition(bench.spec.id, (Status.IN_PROGRESS,), Status.CANCELLING)
+    else:
+        await eventually_async(_expired(bench.spec), 10, "the window has closed")
+    await bench.coordinate()
+    assert set(running) <= set(bench.fleet.stopped)
+    assert (await bench.batch()).status is ending
+
+
+def _expired(spec: BatchSpec) -> Callable[[], Awaitable[bool]]:
+    async def holds() -> bool:
+        return now_ms() > spec.expires_ms
+
+    return holds
