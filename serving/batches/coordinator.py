@@ -27,7 +27,7 @@ from penstock.serving.batches.results import RETRY_S, SEGMENT_BYTES, SEGMENT_LIN
 from penstock.serving.batches.runner import Backend, LineRunner, stop_begun
 from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.batches.slots import FairSlots
-from penstock.serving.batches.store import LEASE_S, BatchStore, encode_problems
+from penstock.serving.batches.store import LEASE_S, BatchStore, LeaseLost, encode_problems
 from penstock.serving.batches.urgency import Urgency
 from penstock.serving.batches.validation import problems_of
 from penstock.serving.files.catalog import FileCatalog
@@ -146,26 +146,35 @@ class Coordinator:
             self._ours = not self._fed
 
     async def _work(self, batch: Batch) -> None:
+        """Run every line that is not finished; what finishes is committed, however this ends. The last commit is not
+        interrupted by a cancellation or the end of the window: what is finished by then counts."""
         left_s = batch.spec.expires_ms / 1000 - now_ms() / 1000
-        feeding = asyncio.create_task(self._feed(batch))
+        done = await self._store.done(self._id)
+        results = Results(self._id, self._owner, self._store, self._parts.catalog.objects)
+        runner = self._runner = self._new_runner(batch, done)
+        feeding = asyncio.create_task(self._feed(batch, done, runner, results))
         watching = [asyncio.create_task(event.wait()) for event in (self._cancelled, self._restarted)]
         try:
             await asyncio.wait({feeding, *watching}, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _stop(feeding, *watching)
+            if feeding.cancelled() or not isinstance(feeding.exception(), LeaseLost):
+                await results.commit()
+            if self._over(batch):
+                await runner.stop()
         if not feeding.cancelled():
             feeding.result()
             await self._move(Status.IN_PROGRESS, Status.FINALIZING)
         elif now_ms() >= batch.spec.expires_ms:
             await self._give_up(batch, Status.EXPIRED, *EXPIRED)
 
-    async def _feed(self, batch: Batch) -> None:
-        """Run every line that is not finished; what finishes is committed, also when this is cancelled."""
-        done = await self._store.done(self._id)
-        results = Results(self._id, self._owner, self._store, self._parts.catalog.objects)
-        urgency = Urgency(batch.spec, batch.total - int.from_bytes(done).bit_count(), self._parts.settings.urgent_share)
-        runner = LineRunner(batch.spec, self._parts.backend, self._parts.settings, urgency, self._fresh_from(done))
-        self._runner = runner
+    def _new_runner(self, batch: Batch, done: bytearray) -> LineRunner:
+        settings, left = self._parts.settings, batch.total - int.from_bytes(done).bit_count()
+        urgency = Urgency(batch.spec, left, settings.urgent_share)
+        return LineRunner(batch.spec, self._parts.backend, settings, urgency, self._fresh_from(done))
+
+    async def _feed(self, batch: Batch, done: bytearray, runner: LineRunner, results: Results) -> None:
+        """Run the lines; commit in time."""
         committing = asyncio.create_task(results.keep_committing())
         running = asyncio.create_task(self._run_lines(batch, done, runner, results))
         urging = asyncio.create_task(runner.keep_urging())
@@ -173,10 +182,6 @@ class Coordinator:
             await asyncio.wait({running, committing, urging}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _stop(running, committing, urging)
-            if committing.cancelled():  # else the lease is lost
-                await results.commit()
-            if self._over(batch):
-                await runner.stop()
         for task in (committing, running, urging):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise _root(error)

@@ -452,3 +452,42 @@ def _expired(spec: BatchSpec) -> Callable[[], Awaitable[bool]]:
         return now_ms() > spec.expires_ms
 
     return holds
+
+
+@pytest.mark.parametrize("ending", [Status.CANCELLED, Status.COMPLETED])
+async def test_a_last_commit_is_not_interrupted(bench: Bench, monkeypatch: pytest.MonkeyPatch, ending: Status) -> None:
+    """The batch is cancelled, or its window ends, while the last lines are committed: they are finished."""
+    monkeypatch.setattr("penstock.serving.batches.results.SEGMENT_LINES", LINES + 1)
+    monkeypatch.setattr("penstock.serving.batches.results.FLUSH_S", 1000.0)
+    monkeypatch.setattr("penstock.serving.batches.coordinator.RENEW_S", 0.01)
+    await bench.begin(window_ms=3_600_000 if ending is Status.CANCELLED else 3_000)
+    parts, begun, go, seen = bench.parts(), asyncio.Event(), asyncio.Event(), []
+    commit, load = parts.store.commit, parts.store.load
+
+    async def held_commit(*args: Any) -> None:
+        begun.set()
+        await go.wait()
+        await commit(*args)
+
+    async def noted_load(batch_id: str) -> Batch | None:
+        seen.append(await load(batch_id))
+        return seen[-1]
+
+    parts.store.commit, parts.store.load = held_commit, noted_load  # type: ignore[method-assign]
+    assert await parts.store.acquire(bench.spec.id, "one")
+    running = asyncio.create_task(Coordinator(bench.spec.id, "one", parts).run())
+    await begun.wait()
+
+    async def cancelled() -> bool:
+        return [each.status for each in seen].count(Status.CANCELLING) > 5
+
+    if ending is Status.CANCELLED:
+        await bench.parts().store.transition(bench.spec.id, (Status.IN_PROGRESS,), Status.CANCELLING)
+        await eventually_async(cancelled, 10, "the coordinator has seen it")
+    else:
+        await eventually_async(_expired(bench.spec), 10, "the window has closed")
+    go.set()
+    await running
+    batch = await bench.batch()
+    assert (batch.status, batch.counters.completed, batch.error_file_id) == (ending, LINES, None)
+    await bench.check_clean(batch)
