@@ -110,7 +110,8 @@ class Results:
         indexes = [answer.at for answer in rows]
         name = f"{folder_of(self._batch_id)}/{uuid.uuid4().hex}"
         segment = Segment(name, len(rows), indexes[0], indexes[-1])
-        return Committed(segment, indexes, _sum([answer.counters for answer in rows])), data
+        records = [record_id for answer in rows for record_id in answer.records]
+        return Committed(segment, indexes, _sum([answer.counters for answer in rows]), records), data
 
     def _signal(self) -> None:
         _set(self._ready, self._full(1))

@@ -84,6 +84,7 @@ class LineRunner:
         self._spec = spec
         self._backend = backend
         self._under_way: dict[int, LineRequest] = {}
+        self._urged: set[int] = set()
         self._max_attempts = settings.max_attempts
         self._urgency = urgency
         self._fresh_from = fresh_from
@@ -93,6 +94,8 @@ class LineRunner:
         parsed = _line.decode(line.data or b"")
         reply = await self._ask(line.at, bytes(parsed.body))
         del self._under_way[line.at]
+        if line.at in self._urged:  # the copy in the batch class may come late: the log must tell that it is done
+            reply = reply._replace(records=())
         self._urgency.finished()
         return answered(self._spec.id, line.at, parsed.custom_id, reply)
 
@@ -107,26 +110,29 @@ class LineRunner:
         while True:
             await asyncio.sleep(URGE_S)
             if self._urgency.priority() is PriorityClass.STANDARD and (behind := self._behind()):
+                self._urged |= behind
                 with suppress(TransientError):
-                    await self._backend.urge(behind)
+                    await self._backend.urge([self._under_way[index] for index in behind])
 
-    def _behind(self) -> list[LineRequest]:
+    def _behind(self) -> set[int]:
         """What was sent in the batch class, or may have been by somebody else."""
-        requests = self._under_way.values()
-        return [each for each in requests if not each.fresh or each.priority_class is PriorityClass.BATCH]
+        requests = self._under_way.items()
+        return {at for at, each in requests if not each.fresh or each.priority_class is PriorityClass.BATCH}
 
     async def _ask(self, index: int, body: bytes) -> Reply:
         """Each try has a stream id of its own, in the same order for everybody: who takes over finds earlier tries in
         the token log and comes to the one that was under way. What the queue has refused was no try: it left nothing
         to be found."""
         failures = tries = 0
+        records: tuple[str, ...] = ()
         pause, fresh = FIRST_PAUSE_S, index >= self._fresh_from
         while True:
             request = self._under_way[index] = _request(self._spec, index, tries, body, self._urgency.priority(), fresh)
             reply = await self._try(request)
             failures += reply.status in RETRY_STATUSES
+            records += reply.records
             if not _retryable(reply) or failures >= self._max_attempts:
-                return reply
+                return reply._replace(records=records)
             log.warning("line_retried", batch_id=self._spec.id, line=index + 1, status=reply.status)
             tries += bool(reply.records)
             fresh = False  # the broker may have stored what it did not acknowledge

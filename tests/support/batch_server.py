@@ -88,7 +88,7 @@ class Fleet:
         elif request.fresh:
             self.missed.append(name)
         reply = await asyncio.shield(self.log[name])
-        return reply._replace(records=(name,))
+        return reply._replace(records=reply.records or (name,))
 
     async def urge(self, requests: Sequence[LineRequest]) -> None:
         """Note that these are wanted sooner."""

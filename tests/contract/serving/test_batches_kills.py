@@ -31,7 +31,7 @@ from penstock.serving.batches.model import Batch, BatchSpec, Status, new_batch_i
 from penstock.serving.batches.runner import LineRequest
 from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.batches.slots import FairSlots
-from penstock.serving.batches.store import BatchStore, LeaseLost
+from penstock.serving.batches.store import KEPT_S, BatchStore, LeaseLost
 from penstock.serving.files.catalog import FileCatalog, FileMeta, new_file_id
 from penstock.serving.files.objects import ObjectStore
 from penstock.serving.files.orphans import MARKER
@@ -491,3 +491,23 @@ async def test_a_last_commit_is_not_interrupted(bench: Bench, monkeypatch: pytes
     batch = await bench.batch()
     assert (batch.status, batch.counters.completed, batch.error_file_id) == (ending, LINES, None)
     await bench.check_clean(batch)
+
+
+async def test_logs_of_all_tries_and_choices_go_soon(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.serving.batches.runner.FIRST_PAUSE_S", 0.001)
+    await bench.begin()
+    prefix = f"{bench.settings.namespace}req:"
+
+    async def answer(request: LineRequest) -> Reply:
+        records = tuple(f"{request.stream_id}:{choice}" for choice in range(2))
+        for record_id in records:
+            await bench.client.hset(f"{prefix}{record_id}", "done", 1)
+            await bench.client.expire(f"{prefix}{record_id}", 3600)
+        failing = request.stream_id.endswith("-7")
+        return (Reply(502, {}, b"{}") if failing else chat_reply())._replace(records=records)
+
+    bench.fleet.answer = answer
+    await bench.coordinate()
+    batch, logs = await bench.batch(), [key async for key in bench.client.scan_iter(f"{prefix}{bench.spec.id}-*")]
+    assert (batch.counters.completed, len(logs)) == (LINES, 2 * (LINES + 1))
+    assert max([await bench.client.ttl(key) for key in logs]) <= KEPT_S
