@@ -39,8 +39,8 @@ class Reply(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A finished line: ``at`` its place in the input, ``row`` its line of JSON, without a line feed, ``records`` what it
-    has in the token log that need not be kept."""
+    """A finished line: ``at`` its place in the input, ``row`` its line of JSON, without a line feed, ``records`` what
+    the token log has of it that need not be kept."""
 
     at: int
     kind: Kind

@@ -12,15 +12,20 @@ from penstock.queue.records import PriorityClass, now_ms
 from penstock.serving.batches.answers import Reply
 from penstock.serving.batches.runner import LineRequest
 from penstock.serving.context import NOTHING_SEEN, RequestContext, enter
-from penstock.serving.durable.bodies import for_handler
+from penstock.serving.durable.bodies import for_handler, previous_response
 from penstock.serving.durable.inner import Inner, attached
 from penstock.serving.edge.intake import count_prompts, read_n, read_peek
+from penstock.serving.errors import InvalidField
 from penstock.serving.handlers import Answer, Handlers
-from penstock.serving.request import COMPLETIONS, ClientRequest, scope_of
+from penstock.serving.request import COMPLETIONS, RESPONSES, ClientRequest, scope_of
 
 FRESH_S = 60.0
 """A line that nobody has asked for before is published and read without looking for an earlier run of it. If there was
 one after all, its frames may have come before anybody read them here: after this time the log is looked at."""
+
+FOLLOWS = (
+    "previous_response_id: a line of a batch cannot follow a response; put the conversation so far into its input."
+)
 
 
 class InnerBackend:
@@ -85,6 +90,8 @@ def _records(context: RequestContext) -> tuple[str, ...]:
 def stored(request: LineRequest) -> ClientRequest:
     """The request as if a client had sent it. Raises :class:`RequestError` for a body it cannot have."""
     peek = read_peek(request.body)
+    if request.path == RESPONSES and previous_response(request.body) is not None:
+        raise InvalidField(FOLLOWS, "previous_response_id")
     n = read_n(peek.n)
     return ClientRequest(
         stream_id=request.stream_id,

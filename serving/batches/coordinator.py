@@ -23,7 +23,14 @@ from penstock.serving.batches.assembly import SegmentLost, assemble
 from penstock.serving.batches.lines import BadLine, LineSplitter, Problem, RawLine, read_envelope
 from penstock.serving.batches.model import Batch, Status
 from penstock.serving.batches.ordering import blocks, in_prompt_order
-from penstock.serving.batches.results import RETRY_S, SEGMENT_BYTES, SEGMENT_LINES, Results, folder_of
+from penstock.serving.batches.results import (
+    MOST_HELD_LINES,
+    RETRY_S,
+    SEGMENT_BYTES,
+    SEGMENT_LINES,
+    Results,
+    folder_of,
+)
 from penstock.serving.batches.runner import Backend, LineRunner, stop_begun
 from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.batches.slots import FairSlots
@@ -192,8 +199,10 @@ class Coordinator:
         return 0 if self._ours else self._begun_below(done)
 
     def _begun_below(self, done: bytearray) -> int:
-        """Lines are begun block by block, and of the block before the last some are finished."""
-        return len(done) * 8 + 2 * self._parts.settings.look_ahead_lines
+        """Beyond the last committed line there may be lines that are not committed, lines under way, and the rest of a
+        first and a last block: lines are begun block by block, in any order within one."""
+        settings = self._parts.settings
+        return len(done) * 8 + MOST_HELD_LINES + settings.in_flight + 2 * settings.look_ahead_lines
 
     def _over(self, batch: Batch) -> bool:
         """Whether nobody will want the answers that are not there yet."""
