@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import structlog
 from vllm.config import VllmConfig
 from vllm.tasks import SupportedTask
@@ -33,7 +34,7 @@ from penstock.queue.messages import TERMINAL, Delivered, Finish, Frame, StreamEr
 from penstock.queue.pauses import jittered
 from penstock.queue.protocol import RequestQueue
 from penstock.queue.readers import Readers, Revival, Standing
-from penstock.queue.records import Record
+from penstock.queue.records import PriorityClass, Record
 from penstock.queue.settings import ModelSettings
 from penstock.serving.admission import Backlog
 from penstock.serving.context import Outcome, RequestContext, current
@@ -57,12 +58,13 @@ log = structlog.get_logger()
 class _Stream:
     """One engine request of one rendering: vLLM's id for it is unique to the rendering, the record's is not."""
 
-    __slots__ = ("context", "output", "record", "revivals", "started")
+    __slots__ = ("context", "output", "published", "record", "revivals", "started")
 
     def __init__(self, record: Record, context: RequestContext, output: OutputQueue) -> None:
         self.record = record
         self.context = context
         self.output = output
+        self.published: PriorityClass | None = None
         self.revivals = REVIVALS if context.attach else 0
         self.started = time.monotonic()
 
@@ -98,7 +100,7 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         """Publish or attach. Returns when the broker has acknowledged; raises (and cancels) when it has not."""
         context, local = current(), request.request_id
         record = to_record(request, context, self._model, self._reader.channel)
-        self._streams[local] = _Stream(record, context, self.output_of(local))
+        stream = self._streams[local] = _Stream(record, context, self.output_of(local))
         self._reader.open(record.id, local, live=not context.attach)
         try:
             if context.saved is not None:
@@ -108,6 +110,7 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
                 self._deadlines.watch(local, record)
             if standing is Standing.UNKNOWN:
                 await self._queue.publish(record)
+                stream.published = record.priority_class
                 self._note_published(record, context)
             context.outcome.accepted.set()
             if context.attach:
@@ -137,6 +140,16 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
         ids, self._published = self._published, []
         with suppress(StoreUnavailable):  # then they may be published twice, and still run once
             await self._readers.note_published(ids)
+
+    async def urge(self, stream_ids: Collection[str], priority_class: PriorityClass) -> None:
+        """Publish what the queue may hold of these in a less urgent class again in this one. Raises
+        :class:`QueueUnavailable`; may be repeated."""
+        for stream in list(self._streams.values()):
+            accepted = stream.context.outcome.accepted.is_set()
+            if accepted and stream.published is not priority_class and stream.context.request.stream_id in stream_ids:
+                stream.record = msgspec.structs.replace(stream.record, priority_class=priority_class)
+                await self._queue.publish(stream.record)
+                stream.published = priority_class
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The next step's worth of tokens of all streams of this ingress, stamped with this process' clock."""
@@ -243,6 +256,10 @@ class QueueLLM(AsyncLLM):  # type: ignore[misc]
             super().__init__(config, Executor.get_class(config), log_stats=True, log_requests=False)
         states = self.output_processor.request_states
         client.output_of = lambda local: cast(OutputQueue, states[local].queue)
+
+    async def urge(self, stream_ids: Collection[str], priority_class: PriorityClass) -> None:
+        """See :meth:`QueueClient.urge`."""
+        await cast(QueueClient, self.engine_core).urge(stream_ids, priority_class)
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Refuse with 503 and ``Retry-After`` when the queue is as long as it may get."""

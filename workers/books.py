@@ -28,8 +28,10 @@ class Books:
     def admit(self, delivery: Delivery) -> None:
         """Take in what the queue gives."""
         known = self.errands.get(delivery.record.id)
-        if known is not None:  # delivered again after a rebalance, or published twice
+        if known is not None:  # delivered again after a rebalance, or published twice: perhaps in a better class
             known.deliveries.append(delivery)
+            known.promote(delivery.record.priority_class)
+            self.look()
         else:
             errand = self.errands[delivery.record.id] = Errand(delivery)
             self.wait(errand)

@@ -9,7 +9,7 @@ import msgspec
 from penstock.queue.messages import Run, Stage, encode, lua_string
 from penstock.queue.pauses import jittered
 from penstock.queue.protocol import Delivery
-from penstock.queue.records import Record, encode_record
+from penstock.queue.records import PriorityClass, Record, encode_record
 from penstock.queue.token_log import Dispatch
 from penstock.workers.placement import ANSWER_RESERVE_TOKENS
 from penstock.workers.sampling import continuable
@@ -93,6 +93,12 @@ class Errand:
     def ready(self) -> bool:
         """Whether its pause after a failure is over."""
         return time.monotonic() >= self._not_before
+
+    def promote(self, priority_class: PriorityClass) -> None:
+        """Raise its class, if this one is more urgent. An engine that has it already is not told."""
+        if priority_class.rank < self.rank:
+            self.record = msgspec.structs.replace(self.record, priority_class=priority_class)
+            self._encoded = encode_record(_for_engine(self.record))
 
     def urgency(self) -> tuple[int, int]:
         """Sort key: class, then age."""

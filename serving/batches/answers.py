@@ -22,11 +22,15 @@ CANCELLED = ("batch_cancelled", "This request was not executed because the batch
 
 
 class Reply(NamedTuple):
-    """The answer to one request, as a client would get it; names of headers are in lower case."""
+    """The answer to one request, as a client would get it; names of headers are in lower case.
+
+    ``records`` are the ids under which the queue has the request; none where it was refused before.
+    """
 
     status: int
     headers: dict[str, str]
     body: bytes
+    records: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -35,12 +39,14 @@ class Reply(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A finished line: ``at`` its place in the input, ``row`` its line of JSON, without a line feed."""
+    """A finished line: ``at`` its place in the input, ``row`` its line of JSON, without a line feed, ``records`` what
+    the token log has of it that need not be kept."""
 
     at: int
     kind: Kind
     row: bytes
     counters: Counters
+    records: tuple[str, ...] = ()
 
 
 class _Details(msgspec.Struct):
@@ -74,7 +80,7 @@ def answered(batch_id: str, index: int, custom_id: str, reply: Reply) -> Answer:
     response = {"status_code": reply.status, "request_id": reply.headers.get("x-request-id", ""), "body": body}
     row = _row(batch_id, index, custom_id, response, None)
     counters = _counters(reply.body) if reply.ok else Counters(failed=1)
-    return Answer(index, "output" if reply.ok else "error", row, counters)
+    return Answer(index, "output" if reply.ok else "error", row, counters, reply.records)
 
 
 def unanswered(batch_id: str, index: int, custom_id: str, code: str, message: str) -> Answer:

@@ -8,27 +8,38 @@ was started again in the middle of a step, the step is done again: see :mod:`pen
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
-from penstock.queue.errors import TransientError
+import msgspec
+
+from penstock.queue.errors import PermanentError, TransientError
 from penstock.queue.logs import get_logger
 from penstock.queue.records import now_ms
 from penstock.serving.batches.answers import CANCELLED, EXPIRED, unanswered
-from penstock.serving.batches.assembly import assemble
-from penstock.serving.batches.lines import LineSplitter, Problem, RawLine, read_envelope
+from penstock.serving.batches.assembly import SegmentLost, assemble
+from penstock.serving.batches.lines import BadLine, LineSplitter, Problem, RawLine, read_envelope
 from penstock.serving.batches.model import Batch, Status
-from penstock.serving.batches.ordering import in_prompt_order
-from penstock.serving.batches.results import RETRY_S, SEGMENT_LINES, Results, folder_of
-from penstock.serving.batches.runner import Backend, LineRunner
+from penstock.serving.batches.ordering import blocks, in_prompt_order
+from penstock.serving.batches.results import (
+    MOST_HELD_LINES,
+    RETRY_S,
+    SEGMENT_BYTES,
+    SEGMENT_LINES,
+    Results,
+    folder_of,
+)
+from penstock.serving.batches.runner import Backend, LineRunner, stop_begun
 from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.batches.slots import FairSlots
-from penstock.serving.batches.store import LEASE_S, BatchStore, encode_problems
+from penstock.serving.batches.store import LEASE_S, BatchStore, LeaseLost, encode_problems
 from penstock.serving.batches.urgency import Urgency
 from penstock.serving.batches.validation import problems_of
 from penstock.serving.files.catalog import FileCatalog
 from penstock.serving.files.objects import ObjectMissing, StorageFull
+from penstock.serving.files.orphans import MARKER
 
 RENEW_S = LEASE_S / 4
 """Three renewals may fail before the lease runs out; also how soon a cancellation is noticed."""
@@ -37,7 +48,18 @@ DURABLE_S = 3.0
 INPUT_LOST = Problem(
     "input_file_lost", "The input file's content is no longer in the file store.", param="input_file_id"
 )
+INPUT_CHANGED = Problem(
+    "input_file_changed", "The input file's content is not what it was when it was uploaded.", param="input_file_id"
+)
+UNFINISHABLE = (ObjectMissing, SegmentLost, BadLine, msgspec.DecodeError)
+"""What a step raises that would be raised for ever."""
 log = get_logger()
+
+
+class StoreMissing(PermanentError):
+    """This ingress does not reach the file store: another one may."""
+
+    code = "file_store_missing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +85,10 @@ class Coordinator:
         self._cancelled = asyncio.Event()
         self._restarted = asyncio.Event()
         self._life = ""
-        self._unbegun = False
+        self._ours = False
+        """Nobody has begun a line, or this coordinator alone, the only time it fed them."""
         self._fed = False
+        self._runner: LineRunner | None = None
 
     async def run(self) -> None:
         """Return when the batch has ended. Raises :class:`LeaseLost`, perhaps in a group."""
@@ -105,9 +129,8 @@ class Coordinator:
             return not await self._close(batch)
         try:
             await step(batch)
-        except ObjectMissing:
-            log.error("input_lost", batch_id=self._id)
-            await self._end(batch, Status.FAILED, problems=encode_problems([INPUT_LOST]))
+        except UNFINISHABLE as error:
+            await self._fail(batch, error)
         return True
 
     def _steps(self) -> dict[Status, Callable[[Batch], Awaitable[None]]]:
@@ -127,47 +150,59 @@ class Coordinator:
             await self._move(Status.VALIDATING, Status.FAILED, problems=encode_problems(problems))
         else:
             await self._move(Status.VALIDATING, Status.IN_PROGRESS, total=found.lines, model=found.model or "")
-            self._unbegun = True
+            self._ours = not self._fed
 
     async def _work(self, batch: Batch) -> None:
+        """Run every line that is not finished; what finishes is committed, however this ends. The last commit is not
+        interrupted by a cancellation or the end of the window: what is finished by then counts."""
         left_s = batch.spec.expires_ms / 1000 - now_ms() / 1000
-        feeding = asyncio.create_task(self._feed(batch))
+        done = await self._store.done(self._id)
+        results = Results(self._id, self._owner, self._store, self._parts.catalog.objects)
+        runner = self._runner = self._new_runner(batch, done)
+        feeding = asyncio.create_task(self._feed(batch, done, runner, results))
         watching = [asyncio.create_task(event.wait()) for event in (self._cancelled, self._restarted)]
         try:
             await asyncio.wait({feeding, *watching}, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _stop(feeding, *watching)
+            if feeding.cancelled() or not isinstance(feeding.exception(), LeaseLost):
+                await results.commit()
+            if self._over(batch):
+                await runner.stop()
         if not feeding.cancelled():
             feeding.result()
             await self._move(Status.IN_PROGRESS, Status.FINALIZING)
         elif now_ms() >= batch.spec.expires_ms:
             await self._give_up(batch, Status.EXPIRED, *EXPIRED)
 
-    async def _feed(self, batch: Batch) -> None:
-        """Run every line that is not finished; what finishes is committed, also when this is cancelled."""
-        done = await self._store.done(self._id)
-        results = Results(self._id, self._owner, self._store, self._parts.catalog.objects)
-        urgency = Urgency(batch.spec, batch.total - int.from_bytes(done).bit_count(), self._parts.settings.urgent_share)
-        runner = LineRunner(batch.spec, self._parts.backend, self._parts.settings, urgency, self._fresh_from(done))
+    def _new_runner(self, batch: Batch, done: bytearray) -> LineRunner:
+        settings, left = self._parts.settings, batch.total - int.from_bytes(done).bit_count()
+        urgency = Urgency(batch.spec, left, settings.urgent_share)
+        return LineRunner(batch.spec, self._parts.backend, settings, urgency, self._fresh_from(done))
+
+    async def _feed(self, batch: Batch, done: bytearray, runner: LineRunner, results: Results) -> None:
+        """Run the lines; commit in time."""
         committing = asyncio.create_task(results.keep_committing())
         running = asyncio.create_task(self._run_lines(batch, done, runner, results))
+        urging = asyncio.create_task(runner.keep_urging())
         try:
-            await asyncio.wait({running, committing}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({running, committing, urging}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _stop(running, committing)
-            if committing.cancelled():  # else the lease is lost
-                await results.commit()
-            if self._over(batch):
-                await runner.stop()
-        for task in (committing, running):
+            await _stop(running, committing, urging)
+        for task in (committing, running, urging):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise _root(error)
 
     def _fresh_from(self, done: bytearray) -> int:
-        """The first line that nobody can have begun: lines are begun block by block, and of the block before the last
-        some are finished. Only who has just validated a batch knows that none was begun."""
-        unbegun, self._unbegun, self._fed = self._unbegun and not self._fed, False, True
-        return 0 if unbegun else len(done) * 8 + 2 * self._parts.settings.look_ahead_lines
+        """The first line that nobody can have begun. Only who has just validated a batch knows that none was begun."""
+        self._ours, self._fed = self._ours and not self._fed, True
+        return 0 if self._ours else self._begun_below(done)
+
+    def _begun_below(self, done: bytearray) -> int:
+        """Beyond the last committed line there may be lines that are not committed, lines under way, and the rest of a
+        first and a last block: lines are begun block by block, in any order within one."""
+        settings = self._parts.settings
+        return len(done) * 8 + MOST_HELD_LINES + settings.in_flight + 2 * settings.look_ahead_lines
 
     def _over(self, batch: Batch) -> bool:
         """Whether nobody will want the answers that are not there yet."""
@@ -189,7 +224,7 @@ class Coordinator:
 
     async def _lines(self, batch: Batch, done: bytearray) -> AsyncIterator[RawLine]:
         """Lines of the input that are not finished."""
-        splitter = LineSplitter(self._parts.settings.max_line_bytes)
+        splitter = LineSplitter(sys.maxsize)  # the limit was that of the upload; it may have been lowered since
         async with aclosing(self._parts.catalog.objects.read(batch.spec.input_file_id)) as pieces:
             async for piece in pieces:
                 for line in splitter.feed(piece):
@@ -200,21 +235,36 @@ class Coordinator:
                 yield line
 
     async def _give_up(self, batch: Batch, ending: Status, code: str, message: str) -> None:
-        """Every line that is not finished ends as an error of this code; then the batch ends."""
+        """Every line that is not finished is stopped and ends as an error of this code; then the batch ends."""
         results = Results(self._id, self._owner, self._store, self._parts.catalog.objects)
-        done = await self._store.done(self._id)
+        done, backend = await self._store.done(self._id), self._parts.backend
+        begun = 0 if self._ours else self._begun_below(done)
         if batch.total:  # else it never began
-            async for line in self._lines(batch, done):
-                custom_id = read_envelope(line.data or b"").custom_id
-                results.add(unanswered(self._id, line.at, custom_id, code, message))
-                if line.at % SEGMENT_LINES == 0:
+            async with aclosing(blocks(self._lines(batch, done), SEGMENT_LINES, SEGMENT_BYTES)) as unfinished:
+                async for block in unfinished:
+                    doubtful = [line for line in block if line.at < begun]
+                    await stop_begun(batch.spec, backend, doubtful, self._parts.settings.max_attempts)
+                    for line in block:
+                        custom_id = read_envelope(line.data or b"").custom_id
+                        results.add(unanswered(self._id, line.at, custom_id, code, message))
                     await results.commit()
-        await results.commit()
         await self._end(batch, ending)
 
-    async def _end(self, batch: Batch, ending: Status, **fields: bytes) -> None:
-        files = await assemble(batch, await self._store.segments(self._id), self._parts.catalog)
+    async def _end(self, batch: Batch, ending: Status, *, whole: bool = True, **fields: bytes) -> None:
+        files = await assemble(batch, await self._store.segments(self._id), self._parts.catalog, whole=whole)
         await self._move(batch.status, ending, **files, **fields)
+
+    async def _fail(self, batch: Batch, error: Exception) -> None:
+        """It ends with what there is, unless it is this ingress that has no file store."""
+        problem = _problem(error)
+        try:
+            await self._parts.catalog.objects.get(MARKER)
+        except ObjectMissing:
+            raise StoreMissing(f"{self._id}: there is no {MARKER} in the file store; is it mounted?") from error
+        if self._runner is not None:
+            await self._runner.stop()
+        log.error("batch_unfinishable", batch_id=self._id, code=problem.code, error=str(error))
+        await self._end(batch, Status.FAILED, whole=False, problems=encode_problems([problem]))
 
     async def _move(self, old: Status, new: Status, **fields: str | bytes | int) -> None:
         """Not if it was cancelled meanwhile: the next step sees that."""
@@ -237,6 +287,12 @@ def is_done(done: bytearray, index: int) -> bool:
     """Whether this line's bit is set, in Redis' order of bits."""
     byte = index >> 3
     return byte < len(done) and bool(done[byte] & (0x80 >> (index & 7)))
+
+
+def _problem(error: Exception) -> Problem:
+    if isinstance(error, SegmentLost):
+        return Problem(error.code, f"{error}.")
+    return INPUT_LOST if isinstance(error, ObjectMissing) else INPUT_CHANGED
 
 
 def _root(error: BaseException) -> BaseException:

@@ -8,6 +8,7 @@ begins with the prefix the one before it ended with.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable
+from contextlib import aclosing
 from functools import lru_cache
 
 import msgspec
@@ -44,17 +45,26 @@ def prompt_key(data: bytes) -> tuple[bytes, ...]:
 async def in_prompt_order(
     lines: AsyncIterable[RawLine], max_lines: int, max_bytes: int
 ) -> AsyncGenerator[RawLine, None]:
-    """The same lines, each block of at most so many lines and bytes sorted by :func:`prompt_key`."""
-    backwards, size, block = False, 0, list[RawLine]()
+    """The same lines, each of the :func:`blocks` sorted by :func:`prompt_key`."""
+    backwards = False
+    async with aclosing(blocks(lines, max_lines, max_bytes)) as unsorted:
+        async for block in unsorted:
+            for line in _sorted(block, backwards):
+                yield line
+            backwards = not backwards
+
+
+async def blocks(lines: AsyncIterable[RawLine], max_lines: int, max_bytes: int) -> AsyncGenerator[list[RawLine], None]:
+    """The same lines, so many at a time, or fewer as soon as they have so many bytes."""
+    size, block = 0, list[RawLine]()
     async for line in lines:
         block.append(line)
         size += len(line.data or b"")
         if len(block) >= max_lines or size >= max_bytes:
-            for sorted_line in _sorted(block, backwards):
-                yield sorted_line
-            backwards, size, block = not backwards, 0, []
-    for sorted_line in _sorted(block, backwards):
-        yield sorted_line
+            yield block
+            size, block = 0, []
+    if block:
+        yield block
 
 
 def _sorted(block: list[RawLine], backwards: bool) -> list[RawLine]:

@@ -32,6 +32,8 @@ SLOWEST_FLUSH = 10
 """After each so many commits it may wait a second longer, up to ten: a slow batch of a week leaves 60,000 segments."""
 ROOM = 4
 """Segments' worth of rows that may wait while the store is slow; then no new lines are begun."""
+MOST_HELD_LINES = (ROOM + 1) * SEGMENT_LINES
+"""Finished lines that are not committed when another one is begun: those that wait, and the segment on its way."""
 RETRY_S = 1.0
 """Between tries while Redis or the file store is away or full."""
 LINES = Counter("penstock_batch_lines_total", "Finished lines of batches, committed by this ingress.", ["outcome"])
@@ -110,7 +112,8 @@ class Results:
         indexes = [answer.at for answer in rows]
         name = f"{folder_of(self._batch_id)}/{uuid.uuid4().hex}"
         segment = Segment(name, len(rows), indexes[0], indexes[-1])
-        return Committed(segment, indexes, _sum([answer.counters for answer in rows])), data
+        records = [record_id for answer in rows for record_id in answer.records]
+        return Committed(segment, indexes, _sum([answer.counters for answer in rows]), records), data
 
     def _signal(self) -> None:
         _set(self._ready, self._full(1))

@@ -64,11 +64,12 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Committed(NamedTuple):
-    """A segment and what it adds."""
+    """A segment and what it adds; ``records`` are those of its lines in the token log, not to be kept for long."""
 
     segment: Segment
     indexes: list[int]
     counters: Counters
+    records: list[str]
 
 
 class BatchStore:
@@ -195,11 +196,12 @@ class BatchStore:
             owner,
             entry,
             self._ns,
-            batch_id,
+            len(new.indexes),
             _KEPT_MS,
             len(counters),
             *(word for pair in counters for word in pair),
             *new.indexes,
+            *new.records,
         ]
         keys = [self._key(batch_id, part) for part in ("", "lease", "done", "segments")]
         with store_errors():

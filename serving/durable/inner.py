@@ -49,10 +49,10 @@ class Inner:
     def __init__(self, app: App) -> None:
         self._app = Errors(app)
 
-    async def respond(self, stored: ClientRequest) -> InnerResponse:
+    async def respond(self, context: RequestContext) -> InnerResponse:
         """The whole answer, errors included. Cancelling this does not stop a ``background`` request."""
         messages: list[Message] = []
-        await self._start(attached(stored), messages.append)
+        await self._start(context, messages.append)
         return _whole(messages)
 
     async def accepted(self, context: RequestContext) -> InnerResponse | None:

@@ -19,6 +19,7 @@ from typing import Any
 import openai
 import uvicorn
 
+from penstock.queue.errors import PenstockError
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.records import new_request_id
 from penstock.queue.redis_client import connect_async
@@ -65,30 +66,46 @@ def chat_reply(text: str = "ok") -> Reply:
 
 @dataclass
 class Fleet:
-    """Runs requests. ``answer`` may wait and fail; ``runs`` counts how often each stream was begun."""
+    """Runs requests. ``answer`` may wait and fail; what it raises is a refusal, which leaves nothing. ``runs`` counts
+    how often each stream was begun, ``missed`` those that ran already and were not looked for.
+    """
 
     answer: Callable[[LineRequest], Awaitable[Reply]] | None = None
     runs: Counter[str] = field(default_factory=Counter)
     log: dict[str, asyncio.Task[Reply]] = field(default_factory=dict)
     asked: list[LineRequest] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
+    urged: set[str] = field(default_factory=set)
 
     async def respond(self, request: LineRequest) -> Reply:
         """Attach to the run there is, or begin it."""
         self.asked.append(request)
-        if request.stream_id not in self.log:
-            self.runs[request.stream_id] += 1
-            self.log[request.stream_id] = asyncio.create_task(self._run(request))
-        return await asyncio.shield(self.log[request.stream_id])
+        name = request.stream_id
+        if name not in self.log:
+            self.runs[name] += 1
+            self.log[name] = asyncio.create_task(self._run(request))
+        elif request.fresh:
+            self.missed.append(name)
+        reply = await asyncio.shield(self.log[name])
+        return reply._replace(records=reply.records or (name,))
 
-    async def stop(self, requests: Sequence[LineRequest]) -> None:
-        """End these runs."""
-        for request in requests:
-            self.stopped.append(request.stream_id)
-            self.log[request.stream_id].cancel()
+    async def urge(self, requests: Sequence[LineRequest]) -> None:
+        """Note that these are wanted sooner."""
+        self.urged.update(request.stream_id for request in requests)
+
+    async def stop(self, requests: Sequence[LineRequest]) -> list[LineRequest]:
+        """End these runs; those that are not known never run."""
+        self.stopped += [request.stream_id for request in requests]
+        runs = [(request, self.log.get(request.stream_id)) for request in requests]
+        return [request for request, run in runs if run is not None and not run.cancel()]
 
     async def _run(self, request: LineRequest) -> Reply:
-        return chat_reply() if self.answer is None else await self.answer(request)
+        try:
+            return chat_reply() if self.answer is None else await self.answer(request)
+        except PenstockError:
+            del self.log[request.stream_id], self.runs[request.stream_id]
+            raise
 
 
 @dataclass

@@ -510,6 +510,27 @@ async def test_a_closing_window_makes_it_urgent(server: BatchServer, monkeypatch
     assert [asked.priority_class for asked in server.fleet.asked] == [PriorityClass.STANDARD]
 
 
+async def test_what_waits_in_the_batch_class_moves_up(server: BatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others fill the engines: what was sent in the batch class is not begun before it is urged."""
+
+    async def answer(request: LineRequest) -> Reply:
+        if request.priority_class is PriorityClass.BATCH:
+            await eventually_async(_is(lambda: request.stream_id in server.fleet.urged), 60, "it is urged")
+        return chat_reply()
+
+    monkeypatch.setattr("penstock.serving.batches.routes.window_s", lambda text: 12)
+    monkeypatch.setattr("penstock.serving.batches.runner.URGE_S", 0.05)
+    server.fleet.answer = answer
+    server.batches = {"urgent_share": 0.5, "in_flight": 4}
+    async with server.serving() as api:
+        batch = await submit(api, jsonl([line(f"c{i}") for i in range(20)]))
+        batch = await until(api, batch.id, "completed", "expired")
+    assert batch.status == "completed"
+    sent = {asked.stream_id: asked.priority_class for asked in server.fleet.asked}
+    assert server.fleet.urged == {name for name, sent_as in sent.items() if sent_as is PriorityClass.BATCH}
+    assert len(server.fleet.urged) == 4
+
+
 async def test_shared_prompts_run_side_by_side(server: BatchServer) -> None:
     systems = [f"You are expert number {i}." for i in range(20)]
     lines = []

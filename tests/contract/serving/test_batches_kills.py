@@ -19,18 +19,22 @@ import pytest
 import pytest_asyncio
 import redis.asyncio
 
+from penstock.queue.errors import QueueUnavailable
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.records import new_request_id, now_ms
 from penstock.queue.redis_client import connect_async
 from penstock.queue.settings import RedisSettings
-from penstock.serving.batches.coordinator import Coordinator, Parts
+from penstock.serving.batches.answers import Reply
+from penstock.serving.batches.coordinator import Coordinator, Parts, StoreMissing
 from penstock.serving.batches.inspection import Inspector
 from penstock.serving.batches.model import Batch, BatchSpec, Status, new_batch_id
+from penstock.serving.batches.runner import LineRequest
 from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.batches.slots import FairSlots
-from penstock.serving.batches.store import BatchStore, LeaseLost
+from penstock.serving.batches.store import KEPT_S, BatchStore, LeaseLost
 from penstock.serving.files.catalog import FileCatalog, FileMeta, new_file_id
 from penstock.serving.files.objects import ObjectStore
+from penstock.serving.files.orphans import MARKER
 from penstock.serving.files.settings import FilesSettings
 from tests.support.batch_server import CHAT, MODEL, Fleet, chat_reply, jsonl, line
 from tests.support.waiting import eventually_async
@@ -85,6 +89,8 @@ class Bench:
         self.settings = settings
         self.root = root
         self.fleet = Fleet()
+        self.batches = BatchSettings()
+        self.slots = 16
         self.spec = self._spec()
 
     def _spec(self, window_ms: int = 3_600_000, metadata: dict[str, str] | None = None) -> BatchSpec:
@@ -110,7 +116,7 @@ class Bench:
             killer.guard(objects, OBJECT_WRITES)
             killer.guard(catalog, CATALOG_WRITES)
             killer.guard(store, STORE_WRITES)
-        return Parts(store, catalog, self.fleet, FairSlots(16), BatchSettings(), MODEL)
+        return Parts(store, catalog, self.fleet, FairSlots(self.slots), self.batches, MODEL)
 
     async def begin(self, **options: Any) -> None:
         """A new batch; whatever ran for the last one has nothing to do with it."""
@@ -122,6 +128,7 @@ class Bench:
         parts = self.parts()
         inspection = msgspec.msgpack.encode(inspector.finish())
         file_id = self.spec.input_file_id
+        await parts.catalog.objects.put(MARKER, b"its name")
         await parts.catalog.objects.put(file_id, content)
         await parts.catalog.add(
             FileMeta(id=file_id, tenant="t", filename="in", purpose="batch", size=len(content), created_ms=now_ms())
@@ -167,7 +174,7 @@ class Bench:
         await self.check_clean(batch)
 
     async def check_clean(self, batch: Batch) -> None:
-        kept = {self.spec.input_file_id, batch.output_file_id, batch.error_file_id} - {None}
+        kept = {MARKER, self.spec.input_file_id, batch.output_file_id, batch.error_file_id} - {None}
         assert {path.name for path in _files(self.root)} - _outputs_of_others(self.root, kept) == kept
         keys = [key.decode() async for key in self.client.scan_iter(f"*{self.spec.id}*")]
         assert keys == [f"{self.settings.namespace}batch:{self.spec.id}"]
@@ -221,6 +228,33 @@ async def test_killed_again_and_again(bench: Bench) -> None:
             await bench.coordinate(Killer(chance.randint(0, 12), chance.random() < 0.5))
         await bench.coordinate()
         await bench.check_all_answered()
+
+
+async def test_refused_first_then_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal leaves no run: whoever takes over finds that of the next try."""
+    monkeypatch.setattr("penstock.serving.batches.runner.FIRST_PAUSE_S", 0.001)
+    for after in (False, True):
+        for at in range(3, 9):  # around the commits
+            await bench.begin()
+            bench.fleet.answer = _refused_once()
+            await bench.coordinate(Killer(at, after))
+            await bench.coordinate()
+            await bench.check_all_answered()
+            assert len(bench.fleet.runs) == LINES
+            assert not bench.fleet.missed
+
+
+def _refused_once() -> Callable[[LineRequest], Awaitable[Reply]]:
+    refused = set()
+
+    async def answer(request: LineRequest) -> Reply:
+        line_id, _, _ = request.stream_id.partition("-r")
+        if line_id not in refused:
+            refused.add(line_id)
+            raise QueueUnavailable("a blip")
+        return chat_reply()
+
+    return answer
 
 
 async def test_cancelled_and_killed(bench: Bench) -> None:
@@ -285,7 +319,8 @@ def _until(event: asyncio.Event, quick: int) -> Any:
     """The first ``quick`` lines are answered at once, the others when the event is set."""
 
     async def answer(request: Any) -> Any:
-        if int(request.stream_id.rpartition("-")[2]) >= quick:
+        line_id, _, _ = request.stream_id.partition("-r")
+        if int(line_id.rpartition("-")[2]) >= quick:
             await event.wait()
         return chat_reply()
 
@@ -323,3 +358,175 @@ async def test_no_slot_is_lost_however_it_ends(bench: Bench) -> None:
                 await parts.slots.acquire("t")
         for _ in range(16):
             parts.slots.release("t")
+
+
+async def _killed_half_way(bench: Bench) -> None:
+    """Some lines are finished, and in segments."""
+    for at in range(3, 20):
+        await bench.begin()
+        await bench.coordinate(Killer(at))
+        if (await bench.batch()).counters.completed:
+            break
+        await bench.coordinate()
+    batch = await bench.batch()
+    assert 0 < batch.counters.completed < LINES
+    assert batch.status is Status.IN_PROGRESS
+
+
+async def test_a_lost_segment_ends_the_batch(bench: Bench) -> None:
+    await _killed_half_way(bench)
+    store = bench.parts().store
+    lost = await store.segments(bench.spec.id)
+    assert lost
+    for segment in lost:
+        (bench.root / segment.name).unlink()
+    await bench.coordinate()
+    batch = await bench.batch()
+    assert (batch.status, [each.code for each in batch.problems]) == (Status.FAILED, ["results_lost"])
+    assert len(await bench.rows(batch.output_file_id)) == LINES - sum(each.lines for each in lost)
+    await bench.check_clean(batch)
+
+
+async def test_a_changed_input_ends_the_batch(bench: Bench) -> None:
+    await _killed_half_way(bench)
+    finished = (await bench.batch()).counters.completed
+    content = (bench.root / bench.spec.input_file_id).read_bytes()
+    (bench.root / bench.spec.input_file_id).write_bytes(content[: len(content) // 2] + b"oops")
+    await bench.coordinate()
+    batch = await bench.batch()
+    assert (batch.status, [each.code for each in batch.problems]) == (Status.FAILED, ["input_file_changed"])
+    assert len(await bench.rows(batch.output_file_id)) >= finished > 0
+
+
+async def test_a_lower_limit_is_for_later_uploads(bench: Bench) -> None:
+    await _killed_half_way(bench)
+    bench.batches = BatchSettings.model_construct(**BatchSettings().model_dump() | {"max_line_bytes": 10})
+    await bench.coordinate()
+    await bench.check_all_answered()
+
+
+async def test_who_has_no_file_store_ends_nothing(bench: Bench, tmp_path: Path) -> None:
+    await _killed_half_way(bench)
+    bench.root = tmp_path / "not mounted"
+    with pytest.raises(ExceptionGroup) as raised:
+        await bench.coordinate()
+    assert raised.value.split(StoreMissing)[1] is None
+    assert (await bench.batch()).status is Status.IN_PROGRESS
+    bench.root = tmp_path
+    await bench.coordinate()
+    await bench.check_all_answered()
+
+
+@pytest.mark.parametrize("ending", [Status.CANCELLED, Status.EXPIRED])
+async def test_what_a_dead_one_has_under_way_is_stopped(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, ending: Status
+) -> None:
+    """Its successor never asks for those lines: the batch has ended meanwhile."""
+    monkeypatch.setattr("penstock.serving.batches.runner.FIRST_PAUSE_S", 0.001)
+    await bench.begin(window_ms=3_600_000 if ending is Status.CANCELLED else 2_000)
+
+    async def answer(request: LineRequest) -> Reply:
+        if request.stream_id.endswith("-5"):
+            return Reply(502, {}, b"{}")
+        return await _until(asyncio.Event(), 0 if request.stream_id.endswith("-r1") else 20)(request)
+
+    bench.fleet.answer = answer
+    first = asyncio.create_task(bench.coordinate())
+    await eventually_async(bench.has_asked(20 + 16), 10, "all slots wait")
+    first.cancel()
+    await asyncio.wait([first])
+    assert not bench.fleet.stopped
+    running = [name for name, run in bench.fleet.log.items() if not run.done()]
+    assert len(running) == 16
+    assert f"{bench.spec.id}-5-r1" in running
+    if ending is Status.CANCELLED:
+        await bench.parts().store.transition(bench.spec.id, (Status.IN_PROGRESS,), Status.CANCELLING)
+    else:
+        await eventually_async(_expired(bench.spec), 10, "the window has closed")
+    await bench.coordinate()
+    assert set(running) <= set(bench.fleet.stopped)
+    assert (await bench.batch()).status is ending
+
+
+def _expired(spec: BatchSpec) -> Callable[[], Awaitable[bool]]:
+    async def holds() -> bool:
+        return now_ms() > spec.expires_ms
+
+    return holds
+
+
+@pytest.mark.parametrize("ending", [Status.CANCELLED, Status.COMPLETED])
+async def test_a_last_commit_is_not_interrupted(bench: Bench, monkeypatch: pytest.MonkeyPatch, ending: Status) -> None:
+    """The batch is cancelled, or its window ends, while the last lines are committed: they are finished."""
+    monkeypatch.setattr("penstock.serving.batches.results.SEGMENT_LINES", LINES + 1)
+    monkeypatch.setattr("penstock.serving.batches.results.FLUSH_S", 1000.0)
+    monkeypatch.setattr("penstock.serving.batches.coordinator.RENEW_S", 0.01)
+    await bench.begin(window_ms=3_600_000 if ending is Status.CANCELLED else 3_000)
+    parts, begun, go, seen = bench.parts(), asyncio.Event(), asyncio.Event(), []
+    commit, load = parts.store.commit, parts.store.load
+
+    async def held_commit(*args: Any) -> None:
+        begun.set()
+        await go.wait()
+        await commit(*args)
+
+    async def noted_load(batch_id: str) -> Batch | None:
+        seen.append(await load(batch_id))
+        return seen[-1]
+
+    parts.store.commit, parts.store.load = held_commit, noted_load  # type: ignore[method-assign]
+    assert await parts.store.acquire(bench.spec.id, "one")
+    running = asyncio.create_task(Coordinator(bench.spec.id, "one", parts).run())
+    await begun.wait()
+
+    async def cancelled() -> bool:
+        return [each.status for each in seen].count(Status.CANCELLING) > 5
+
+    if ending is Status.CANCELLED:
+        await bench.parts().store.transition(bench.spec.id, (Status.IN_PROGRESS,), Status.CANCELLING)
+        await eventually_async(cancelled, 10, "the coordinator has seen it")
+    else:
+        await eventually_async(_expired(bench.spec), 10, "the window has closed")
+    go.set()
+    await running
+    batch = await bench.batch()
+    assert (batch.status, batch.counters.completed, batch.error_file_id) == (ending, LINES, None)
+    await bench.check_clean(batch)
+
+
+async def test_logs_of_all_tries_and_choices_go_soon(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.serving.batches.runner.FIRST_PAUSE_S", 0.001)
+    await bench.begin()
+    prefix = f"{bench.settings.namespace}req:"
+
+    async def answer(request: LineRequest) -> Reply:
+        records = tuple(f"{request.stream_id}:{choice}" for choice in range(2))
+        for record_id in records:
+            await bench.client.hset(f"{prefix}{record_id}", "done", 1)
+            await bench.client.expire(f"{prefix}{record_id}", 3600)
+        failing = request.stream_id.endswith("-7")
+        return (Reply(502, {}, b"{}") if failing else chat_reply())._replace(records=records)
+
+    bench.fleet.answer = answer
+    await bench.coordinate()
+    batch, logs = await bench.batch(), [key async for key in bench.client.scan_iter(f"{prefix}{bench.spec.id}-*")]
+    assert (batch.counters.completed, len(logs)) == (LINES, 2 * (LINES + 1))
+    assert max([await bench.client.ttl(key) for key in logs]) <= KEPT_S
+
+
+async def test_many_under_way_and_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More lines are under way than are put in order at a time: all of them are looked for."""
+    monkeypatch.setattr("penstock.serving.batches.coordinator.MOST_HELD_LINES", 0)
+    bench.slots = 100
+    bench.batches = BatchSettings(look_ahead_lines=4, in_flight=bench.slots)
+    await bench.begin()
+    go = asyncio.Event()
+    bench.fleet.answer = _until(go, 0)
+    first = asyncio.create_task(bench.coordinate())
+    await eventually_async(bench.has_asked(bench.slots), 10, "all slots wait")
+    first.cancel()
+    await asyncio.wait([first])
+    go.set()
+    await bench.coordinate()
+    await bench.check_all_answered()
+    assert not bench.fleet.missed
