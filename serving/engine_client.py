@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import structlog
-from vllm.config import VllmConfig
 from vllm.tasks import SupportedTask
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
 )
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
-from vllm.v1.executor import Executor
 
 from penstock.queue.errors import InvalidRecord, StoreUnavailable, TransientError
 from penstock.queue.mailbox import TokenReader
@@ -36,7 +33,6 @@ from penstock.queue.protocol import RequestQueue
 from penstock.queue.readers import Readers, Revival, Standing
 from penstock.queue.records import PriorityClass, Record
 from penstock.queue.settings import ModelSettings
-from penstock.serving.admission import Backlog
 from penstock.serving.context import Outcome, RequestContext, current
 from penstock.serving.deadlines import Deadlines
 from penstock.serving.durable.leaving import Leaving
@@ -245,64 +241,3 @@ class QueueClient(EngineCoreClient):  # type: ignore[misc]
 
     def shutdown(self, timeout: float | None = None) -> None:
         """The queue outlives its clients; the ingress closes its connections itself."""
-
-
-class QueueLLM(AsyncLLM):  # type: ignore[misc]
-    """vLLM's ``AsyncLLM`` on a :class:`QueueClient`."""
-
-    def __init__(self, config: VllmConfig, client: QueueClient, backlog: Backlog) -> None:
-        self._backlog = backlog
-        with _engine_client(client):
-            super().__init__(config, Executor.get_class(config), log_stats=True, log_requests=False)
-        states = self.output_processor.request_states
-        client.output_of = lambda local: cast(OutputQueue, states[local].queue)
-
-    async def urge(self, stream_ids: Collection[str], priority_class: PriorityClass) -> None:
-        """See :meth:`QueueClient.urge`."""
-        await cast(QueueClient, self.engine_core).urge(stream_ids, priority_class)
-
-    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """Refuse with 503 and ``Retry-After`` when the queue is as long as it may get."""
-        try:
-            self._backlog.check(n)
-        except TransientError as error:
-            current().outcome.fail(error)
-            raise to_vllm_error(error) from error
-
-    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
-        """Called where a client went away in the middle of its answer."""
-        ids = (request_id,) if isinstance(request_id, str) else tuple(request_id)
-        cast(QueueClient, self.engine_core).leave(self.output_processor.abort_requests(ids, internal))
-
-    def _run_output_handler(self) -> None:
-        """vLLM's handler, with typed errors taken to the one stream they end."""
-        client = cast(QueueClient, self.engine_core)
-        if self.output_handler is None:
-            inner = client.get_output_async
-
-            async def with_errors() -> EngineCoreOutputs:
-                self._end_failed(client)  # what came before the errors has been processed by now
-                return await inner()
-
-            client.get_output_async = with_errors  # type: ignore[method-assign]
-        super()._run_output_handler()
-
-    def _end_failed(self, client: QueueClient) -> None:
-        failed, client.failed = client.failed, []
-        for request_id, error, outcome in failed:
-            state = self.output_processor.request_states.get(request_id)
-            if state is not None:
-                cast(OutputQueue, state.queue).fail(to_vllm_error(error), partial(outcome.fail, error))
-                whole = state.parent_req.request_id if state.parent_req is not None else request_id
-                client.leave(self.output_processor.abort_requests([whole], internal=True))
-
-
-@contextmanager
-def _engine_client(client: QueueClient) -> Iterator[None]:
-    """``AsyncLLM`` makes its core client through one factory; for the length of its constructor that is ours."""
-    original = EngineCoreClient.make_async_mp_client
-    EngineCoreClient.make_async_mp_client = staticmethod(lambda **_: client)
-    try:
-        yield
-    finally:
-        EngineCoreClient.make_async_mp_client = staticmethod(original)

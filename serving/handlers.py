@@ -8,16 +8,13 @@ route would have called. What cannot be one is left to the application, which sa
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import msgspec
 
 from penstock.serving.context import current
 from penstock.serving.edge.asgi import Scope
 from penstock.serving.request import CHAT, COMPLETIONS, RESPONSES, ClientRequest
-
-if TYPE_CHECKING:
-    from penstock.serving.engine_client import QueueLLM
 
 _decode = msgspec.json.Decoder().decode
 
@@ -55,11 +52,6 @@ class Handlers:
         self._error = ErrorResponse
         self._app = app
         self._routes = _routes(app.state)
-
-    @property
-    def engine(self) -> QueueLLM:
-        """The engine client of them all."""
-        return cast("QueueLLM", self._app.state.engine_client)
 
     def know(self, path: str) -> bool:
         """Whether there is one for this path."""

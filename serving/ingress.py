@@ -88,7 +88,8 @@ async def serve(
         beside=batches.wrap,
     )
     watching = asyncio.create_task(backlog.watch())
-    batch_work = asyncio.create_task(batches.run(InnerBackend(handlers, Inner(app), readers), model.served_name))
+    backend = InnerBackend(handlers, Inner(app), readers, engine)
+    batch_work = asyncio.create_task(batches.run(backend, model.served_name))
     try:
         await serve_beside(_server(edge, settings, engine), batch_work)
     finally:
@@ -121,8 +122,9 @@ async def _vllm_app(
 
     from penstock.serving import output_queue
     from penstock.serving.durable import determinism
-    from penstock.serving.engine_client import QueueClient, QueueLLM
+    from penstock.serving.engine_client import QueueClient
     from penstock.serving.metrics import drop_engine_gauges
+    from penstock.serving.queue_llm import QueueLLM
 
     for handler in logging.getLogger().handlers:
         handler.addFilter(Unless(GracefulHTTPError))  # the line of its request says as much

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from penstock.queue.errors import RequestError
 from penstock.queue.readers import Readers
@@ -19,6 +20,9 @@ from penstock.serving.errors import InvalidField
 from penstock.serving.handlers import Answer, Handlers
 from penstock.serving.request import COMPLETIONS, RESPONSES, ClientRequest, scope_of
 
+if TYPE_CHECKING:
+    from penstock.serving.engine_client import QueueClient
+
 FRESH_S = 60.0
 """A line that nobody has asked for before is published and read without looking for an earlier run of it. If there was
 one after all, its frames may have come before anybody read them here: after this time the log is looked at."""
@@ -31,8 +35,9 @@ FOLLOWS = (
 class InnerBackend:
     """The :class:`~penstock.serving.batches.runner.Backend` of an ingress."""
 
-    def __init__(self, handlers: Handlers, inner: Inner, readers: Readers) -> None:
+    def __init__(self, handlers: Handlers, inner: Inner, readers: Readers, engine: QueueClient) -> None:
         self._handlers = handlers
+        self._engine = engine
         self._inner = inner
         self._readers = readers
 
@@ -66,7 +71,7 @@ class InnerBackend:
 
     async def urge(self, requests: Sequence[LineRequest]) -> None:
         """Publish again what waits in the batch class: a record that is published twice runs once."""
-        await self._handlers.engine.urge({request.stream_id for request in requests}, PriorityClass.STANDARD)
+        await self._engine.urge({request.stream_id for request in requests}, PriorityClass.STANDARD)
 
     async def stop(self, requests: Sequence[LineRequest]) -> list[LineRequest]:
         """Have engines stop what they do for these; nobody will ask for them again. Returns those that had ended."""

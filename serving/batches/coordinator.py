@@ -13,14 +13,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
-import msgspec
-
 from penstock.queue.errors import PermanentError, TransientError
 from penstock.queue.logs import get_logger
 from penstock.queue.records import now_ms
 from penstock.serving.batches.answers import CANCELLED, EXPIRED, unanswered
-from penstock.serving.batches.assembly import SegmentLost, assemble
-from penstock.serving.batches.lines import BadLine, LineSplitter, Problem, RawLine, read_envelope
+from penstock.serving.batches.assembly import assemble
+from penstock.serving.batches.lines import LineSplitter, RawLine, read_envelope
 from penstock.serving.batches.model import Batch, Status
 from penstock.serving.batches.ordering import blocks, in_prompt_order
 from penstock.serving.batches.results import (
@@ -35,6 +33,7 @@ from penstock.serving.batches.runner import Backend, LineRunner, stop_begun
 from penstock.serving.batches.settings import BatchSettings
 from penstock.serving.batches.slots import FairSlots
 from penstock.serving.batches.store import LEASE_S, BatchStore, LeaseLost, encode_problems
+from penstock.serving.batches.unfinishable import UNFINISHABLE, problem_of
 from penstock.serving.batches.urgency import Urgency
 from penstock.serving.batches.validation import problems_of
 from penstock.serving.files.catalog import FileCatalog
@@ -45,14 +44,6 @@ RENEW_S = LEASE_S / 4
 """Three renewals may fail before the lease runs out; also how soon a cancellation is noticed."""
 DURABLE_S = 3.0
 """After this time what Redis has is on its disk: it is written every second, and at most one second late."""
-INPUT_LOST = Problem(
-    "input_file_lost", "The input file's content is no longer in the file store.", param="input_file_id"
-)
-INPUT_CHANGED = Problem(
-    "input_file_changed", "The input file's content is not what it was when it was uploaded.", param="input_file_id"
-)
-UNFINISHABLE = (ObjectMissing, SegmentLost, BadLine, msgspec.DecodeError)
-"""What a step raises that would be raised for ever."""
 log = get_logger()
 
 
@@ -256,7 +247,7 @@ class Coordinator:
 
     async def _fail(self, batch: Batch, error: Exception) -> None:
         """It ends with what there is, unless it is this ingress that has no file store."""
-        problem = _problem(error)
+        problem = problem_of(error)
         try:
             await self._parts.catalog.objects.get(MARKER)
         except ObjectMissing:
@@ -287,12 +278,6 @@ def is_done(done: bytearray, index: int) -> bool:
     """Whether this line's bit is set, in Redis' order of bits."""
     byte = index >> 3
     return byte < len(done) and bool(done[byte] & (0x80 >> (index & 7)))
-
-
-def _problem(error: Exception) -> Problem:
-    if isinstance(error, SegmentLost):
-        return Problem(error.code, f"{error}.")
-    return INPUT_LOST if isinstance(error, ObjectMissing) else INPUT_CHANGED
 
 
 def _root(error: BaseException) -> BaseException:

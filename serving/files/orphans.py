@@ -32,6 +32,8 @@ SECOND_LOOK_S = 60.0
 MARKER = "penstock-store"
 _OURS = re.compile(r"(?P<owner>file-[0-9a-f]{32}|segments/(?P<batch>batch_[0-9a-f]{32}))(?=/|$)")
 """What is called otherwise was put there by somebody else."""
+NO_MARKER = f"the file store has lost its object {MARKER!r}, or is not mounted here"
+OTHERS = "the file store belongs to another Redis, or Redis has lost its data"
 log = get_logger()
 
 OpenBatches = Callable[[], Awaitable[list[tuple[str, str]]]]
@@ -79,19 +81,17 @@ class OrphanSweep:
     async def _known(self) -> bool:
         """Whether this store goes with this Redis; a new one does from now on."""
         key, objects = f"{self._ns}files-store", self._catalog.objects
-        kept = None
+        kept, new = None, False
         with suppress(ObjectMissing):
             kept = await objects.get(MARKER)
         with store_errors():
             if kept is None:
-                await self._client.set(key, uuid.uuid4().hex, nx=True)
+                new = bool(await self._client.set(key, uuid.uuid4().hex, nx=True))
             expected = cast(bytes, await self._client.get(key))
-        if kept is None:
+        if new:
             await objects.put(MARKER, expected)
-        elif kept != expected:
-            log.warning(
-                "orphans_not_swept", reason="the file store belongs to another Redis, or Redis has lost its data"
-            )
+        elif kept is None or kept != expected:
+            log.warning("orphans_not_swept", reason=NO_MARKER if kept is None else OTHERS)
         return kept is not None and kept == expected
 
     async def _old(self) -> list[str]:

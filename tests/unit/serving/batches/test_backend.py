@@ -22,7 +22,7 @@ async def test_a_line_cannot_follow_a_response() -> None:
     waiting = urgency(Clock(), 1)
     spec = msgspec.structs.replace(waiting._spec, endpoint="/v1/responses")
     nobody: Any = None
-    runner = LineRunner(spec, InnerBackend(nobody, nobody, nobody), BatchSettings(), waiting)
+    runner = LineRunner(spec, InnerBackend(nobody, nobody, nobody, nobody), BatchSettings(), waiting)
     body = {"model": "m", "input": "And then?", "previous_response_id": "resp_1"}
     answer = await runner.run(RawLine(0, json.dumps({"custom_id": "c", "body": body}).encode()))
     response = json.loads(answer.row)["response"]
