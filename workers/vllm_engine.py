@@ -7,7 +7,6 @@ saves two interpreters and a hop per step, and leaves nothing behind when the re
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -30,6 +29,7 @@ from penstock.queue.errors import InvalidRecord
 from penstock.queue.messages import Finish, Logprobs, Stage, Usage
 from penstock.queue.settings import ModelSettings
 from penstock.workers.engine import KV_LEASE_S, EngineInfo, Job, Load, Output
+from penstock.workers.ports import reserved_port
 from penstock.workers.sampling import for_prefill, remaining
 
 KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
@@ -46,7 +46,8 @@ class VllmEngine:
 
     def __init__(self, model: ModelSettings, role: str, progress_delay_us: int) -> None:
         if role in KV_ROLES:
-            os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port())
+            self._handshakes = reserved_port()
+            os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(self._handshakes.getsockname()[1])
             _tame_progress_thread(progress_delay_us)
         config = EngineArgs(**_engine_args(model, role)).create_engine_config()
         processors = os.sched_getaffinity(0)
@@ -150,14 +151,6 @@ def _on_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
-
-
-def _free_port() -> int:
-    """A port for this engine's NIXL handshakes; engines on one host must not share one."""
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def _unpin(processors: set[int]) -> None:
