@@ -7,7 +7,7 @@ import asyncio
 import structlog
 
 from penstock.queue.backlog import read_backlog
-from penstock.queue.errors import NoCapacity, StoreUnavailable
+from penstock.queue.errors import NoCapacity
 from penstock.queue.redis_client import connect_async
 from penstock.queue.settings import RedisSettings
 
@@ -42,6 +42,6 @@ class Backlog:
             try:
                 depth = await read_backlog(client, self._settings, self._pool)
                 self._requests = sum(of_class.requests for of_class in depth.values())
-            except StoreUnavailable as error:
-                log.warning("backlog_unknown", error=str(error))
+            except Exception as error:  # an unreadable report as well: admission goes on with the last it knows
+                log.warning("backlog_unknown", error=repr(error))
             await asyncio.sleep(REFRESH_S)

@@ -290,3 +290,12 @@ async def test_the_end_limits_how_long_the_request_is_kept(scene: Scene, record:
     assert scene.blocking.pttl(key) > scene.settings.retention_s * 1000
     scene.emit(record, 1, Frame(1, [2], finish=Finish.LENGTH))
     assert 0 < scene.blocking.pttl(key) <= scene.settings.retention_s * 1000
+
+
+async def test_who_published_hears_the_end_beside_who_came_later(scene: Scene) -> None:
+    """Before the first dispatch Redis knows of the second reader only."""
+    await scene.listening()
+    await scene.b.attach(["r"])
+    await scene.log.finish([("r", "ingress:a", ABORT)])
+    await scene.hears("a", 1)
+    await scene.hears("b", 1)
