@@ -17,14 +17,16 @@ from tests.chaos.outcome import Outcome, Scale, Size
 from tests.support.simulated_stack import POOL, Part, SimulatedStack
 from tests.support.waiting import eventually_async
 
-VOCABULARY = range(1024, 3072)
-"""Token ids prompts are drawn from: ordinary tokens of every usual vocabulary."""
+VOCABULARY = range(1024, 2900)
+"""Token ids prompts are drawn from: ordinary tokens of every usual vocabulary, and of the demo model's small one."""
 PROMPT_TOKENS = 80
 """Enough to go through the prefill pool."""
 DRAIN_S = 90.0
 """After the last fault everything must have ended within this time; a stream that has not is lost."""
 BUSY_S = 5.0
 """For a heartbeat to tell that an engine runs something; prefill replicas mostly do not."""
+LEARN_S = 300.0
+"""A handful of answers of real engines, on two cores."""
 KV_LEAK_S = 40.0
 """KV that nobody fetched is kept for its lease of 30 s; after this time none may be in use."""
 
@@ -250,7 +252,8 @@ class Round:
         self._learnt = [self.prompt(PROMPT_TOKENS)(number) for number in range(prompts)]
         self._oracle = lambda record: []
         async with self.load(streams=4) as load:
-            await load.run(prompts)
+            running = asyncio.create_task(load.run(prompts))
+            await eventually_async(lambda: self._over(running, load), LEARN_S, "the undisturbed run is over")
             answers = {
                 stream.record.prompt: emitted_tokens(await load.log.read(id_)) for id_, stream in load.streams.items()
             }

@@ -39,7 +39,7 @@ async def test_what_has_not_ended_is_stopped(redis_server: RedisServer) -> None:
         for ended in ("one", "both:0", "both:1", "half:0"):
             await client.hset(f"{settings.namespace}req:{ended}", "done", 1)  # type: ignore[misc]
         nobody: Any = None
-        backend = InnerBackend(nobody, nobody, Readers(client, settings, "ingress:test"))
+        backend = InnerBackend(nobody, nobody, Readers(client, settings, "ingress:test"), nobody)
         lines = [asked("one", 1), asked("both", 2), asked("half", 2), asked("unknown", 1), asked("bad", None)]
         found = await backend.stop(lines)
         cancelled = {

@@ -18,6 +18,7 @@ from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.mailbox import Mailbox, TokenReader
 from penstock.queue.messages import Finish, Frame
 from penstock.queue.protocol import RequestQueue
+from penstock.queue.readers import Readers
 from penstock.queue.records import Record
 from penstock.queue.redis_client import connect, connect_async
 from penstock.queue.registry import Replica
@@ -172,7 +173,8 @@ class Cluster:
         self.client = connect_async(settings)
         self.log = RequestLog(self.client, settings)
         self.queue: RequestQueue = open_queue(self.queue_settings, settings, POOL)
-        self.reader = TokenReader(Mailbox(self.client, settings, INGRESS), self.log)
+        readers = Readers(self.client, settings, INGRESS)
+        self.reader = TokenReader(Mailbox(self.client, settings, INGRESS), self.log, readers)
         self.seen: dict[str, list[Frame]] = {}
         self.ends: list[str] = []
         self._reading = asyncio.create_task(self._read())
