@@ -169,7 +169,7 @@ class Cluster:
         self.server: RedisServer | None = None
         self.broker: KafkaBroker | None = None
         self.settings = settings
-        self.shape = workers
+        self.shape = dict(workers)  # tests change it
         self.client = connect_async(settings)
         self.log = RequestLog(self.client, settings)
         self.queue: RequestQueue = open_queue(self.queue_settings, settings, POOL)
