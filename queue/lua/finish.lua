@@ -15,10 +15,10 @@ local function count(deaths, replica, lost)
   return deaths + 1
 end
 
--- And who published it, which others do not know before the first dispatch. One that has left takes no notice.
-local function readers(list, reply_to)
-  if string.find(' ' .. list .. ' ', ' ' .. reply_to .. ' ', 1, true) then return list end
-  return list .. ' ' .. reply_to
+-- Who reads it; and who published it, whom others do not know before the first dispatch.
+local function readers(list, reply_to, dispatched)
+  if not list then return reply_to end
+  return dispatched and list or list .. ' ' .. reply_to
 end
 
 local function finish(id, reply_to, frame, known, most)
@@ -33,7 +33,7 @@ local function finish(id, reply_to, frame, known, most)
   redis.call('PEXPIRE', req, retention)
   redis.call('PEXPIRE', tok, retention)
   redis.call('PEXPIRE', ns .. 'http:' .. string.match(id, '[^:]*'), retention)
-  for channel in string.gmatch(readers(s[2] or '', reply_to), '%S+') do
+  for channel in string.gmatch(readers(s[2], reply_to, attempt > 0), '%S+') do
     redis.call('PUBLISH', ns .. channel, '\145\146' .. cmsgpack.pack(id) .. frame)
   end
   if replica and redis.call('EXISTS', ns .. 'replica:' .. replica) == 1 then
