@@ -1,8 +1,8 @@
 """vLLM's serving objects, asked without vLLM's application around them.
 
 What surrounds them there (FastAPI's routing and validation, middleware, tasks that watch the connection, the response
-as an ASGI stream) costs as much per request as the answer itself. So a request is given to the serving object that its
-route would have called. What cannot be one is left to the application, which says in its own words what is wrong.
+as an ASGI stream) was a sixth of an ingress' CPU. So a request is given to the serving object that its route would have
+called. What cannot be one is left to the application, which says in its own words what is wrong.
 """
 
 from __future__ import annotations
