@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,8 @@ class RunningStack:
     urls: dict[str, str]
     redis: RedisSettings
     logs: Path
+    environment: dict[str, str]
+    """Of every part that is on the Redis queue."""
 
     @property
     def model(self) -> str:
@@ -102,10 +105,24 @@ def stack(
         with httpx.Client(timeout=5, trust_env=False) as client:
             for url in urls.values():
                 _await_ready(client, url, processes, folder)
-        yield RunningStack(urls, RedisSettings(url=redis_server.url), folder)
+        yield RunningStack(urls, RedisSettings(url=redis_server.url), folder, on_redis)
     finally:
         for process in reversed(processes):
             process.stop()
+
+
+@contextmanager
+def extra_ingress(stack: RunningStack, port: int, **settings: str) -> Iterator[str]:
+    """One more ingress on the Redis queue, with settings of its own; its base address."""
+    environment = stack.environment | {"PENSTOCK_INGRESS_PORT": str(port)} | settings
+    process, url = _process("ingress", f"ingress-{port}", environment, stack.logs), f"http://127.0.0.1:{port}"
+    try:
+        _start(process)
+        with httpx.Client(timeout=5, trust_env=False) as client:
+            _await_ready(client, url, [process], stack.logs)
+        yield url
+    finally:
+        process.stop()
 
 
 def _start(process: ServerProcess) -> None:

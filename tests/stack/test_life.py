@@ -34,6 +34,12 @@ def _replicas(stack: RunningStack) -> list[Replica]:
     return asyncio.run(read())
 
 
+def decode_replica(stack: RunningStack) -> Replica:
+    """The decode engine; waits for one that is starting."""
+    _until(lambda: any(r.role == "decode" for r in _replicas(stack)), "a decode replica is alive", 300)
+    return next(replica for replica in _replicas(stack) if replica.role == "decode")
+
+
 def _text(url: str, body: dict[str, Any]) -> str:
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
     text: str = answer.json()["choices"][0]["message"]["content"]
