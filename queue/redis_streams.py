@@ -29,13 +29,14 @@ from penstock.queue.settings import QueueSettings, RedisSettings
 from penstock.queue.unreadable import Unreadable
 
 GROUP = "penstock"
-LEASE_S = 5.0
-"""A dead consumer's requests move on after this time; no healthy event loop stalls for so long."""
-HEARTBEAT_S = 1.0
-"""Four late heartbeats in a row cost nothing."""
-ADOPT_EVERY_S = 1.0
+LEASE_S = 1.6
+"""A dead consumer's requests move on after this time and one look, two seconds in all. They also move on when its event
+loop stands still for so long, which costs a look into the token log each: what a live replica runs is left to it."""
+HEARTBEAT_S = 0.4
+"""Three late heartbeats in a row cost nothing."""
+ADOPT_EVERY_S = 0.4
 """How often a consumer looks for entries of dead ones; small beside :data:`LEASE_S`, and the look is one cheap call."""
-BLOCK_S = 1.0
+BLOCK_S = 0.4
 """How long a blocking read waits before the consumer looks for dead ones again."""
 PUBLISH_BATCH = 64
 """Records that share a round trip when many are published at once; bounds how long the server is kept busy."""
