@@ -177,6 +177,11 @@ async def rows(api: openai.AsyncOpenAI, file_id: str | None) -> list[dict[str, A
     return [json.loads(row) for row in content.splitlines()]
 
 
+def ids(found: list[dict[str, Any]]) -> list[str]:
+    """Which lines these rows answer."""
+    return [row["custom_id"] for row in found]
+
+
 async def _nothing() -> dict[str, str]:
     return {}
 

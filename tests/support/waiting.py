@@ -25,3 +25,12 @@ async def eventually_async(condition: Callable[[], Awaitable[bool]], within_s: f
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {within_s} s: {what}")
         await asyncio.sleep(POLL_S)
+
+
+async def until_true(condition: Callable[[], bool], within_s: float, what: str) -> None:
+    """:func:`eventually`, while this event loop goes on."""
+
+    async def holds() -> bool:
+        return condition()
+
+    await eventually_async(holds, within_s, what)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ import pytest_asyncio
 
 from penstock.queue.local.kafka_broker import KafkaBroker
 from penstock.queue.local.redis_server import RedisServer
-from tests.contract.queue.harness import Harness, settings
+from penstock.queue.settings import RedisSettings
+from tests.contract.queue.harness import Harness
+from tests.contract.queue.harness import settings as settings_of
+from tests.contract.queue.logs import Store, Wire
 from tests.contract.servers import Server, start
 
 
@@ -22,7 +26,7 @@ async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
     if request.param == "kafka":
         broker: KafkaBroker = request.getfixturevalue("kafka_broker")
         bootstrap = broker.bootstrap
-    opened = Harness(*settings(request.param, bootstrap, redis_server.url))
+    opened = Harness(*settings_of(request.param, bootstrap, redis_server.url))
     yield opened
     await opened.close()
 
@@ -35,7 +39,30 @@ async def outage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
     start(server)
     url = server.url if isinstance(server, RedisServer) else shared.url
     bootstrap = server.bootstrap if isinstance(server, KafkaBroker) else "127.0.0.1:9"
-    opened = Harness(*settings(request.param, bootstrap, url))
+    opened = Harness(*settings_of(request.param, bootstrap, url))
     yield opened, server
     await opened.close()
     server.stop()
+
+
+@pytest.fixture
+def settings(redis_server: RedisServer) -> RedisSettings:
+    """A namespace of its own."""
+    return RedisSettings(url=redis_server.url, namespace=f"log{uuid.uuid4().hex[:8]}:")
+
+
+@pytest_asyncio.fixture
+async def store(settings: RedisSettings) -> AsyncIterator[Store]:
+    """A token log, with leases of two replicas."""
+    opened = Store(settings)
+    opened.lease("a", "b")
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def wire(store: Store) -> Iterator[Wire]:
+    """What is published of it."""
+    opened = Wire(store)
+    yield opened
+    opened.close()

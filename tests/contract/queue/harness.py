@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections.abc import Sequence
 
 import redis.asyncio
 from confluent_kafka import Producer
 
 from penstock.queue.factory import open_queue
-from penstock.queue.protocol import RequestQueue
-from penstock.queue.records import PriorityClass, Record, new_request_id, now_ms, pack_tokens, prefix_hashes
+from penstock.queue.protocol import Budget, Delivery, Depth, RequestQueue
+from penstock.queue.records import (
+    PriorityClass,
+    Record,
+    new_request_id,
+    now_ms,
+    pack_tokens,
+    prefix_hashes,
+)
 from penstock.queue.settings import QueueSettings, RedisSettings
 
 
@@ -73,3 +81,27 @@ class Harness:
         while self._opened:
             await self._opened.pop().close()
         await self.redis.aclose()
+
+
+PLENTY = Budget(requests=1000, tokens=10_000_000)
+NOTHING = dict.fromkeys(PriorityClass, Depth(0, 0, 0.0))
+
+
+def ids(items: Sequence[Delivery] | Sequence[Record]) -> list[str]:
+    """Request ids in order."""
+    return [item.record.id if isinstance(item, Delivery) else item.id for item in items]
+
+
+async def publish_all(queue: RequestQueue, records: Sequence[Record]) -> None:
+    """One after the other, so that their order is known."""
+    for record in records:
+        await queue.publish(record)
+
+
+async def pull_all(queue: RequestQueue, count: int) -> list[Delivery]:
+    """Pull until ``count`` deliveries are on loan."""
+    taken: list[Delivery] = []
+    while len(taken) < count:
+        taken += await queue.pull(PLENTY)
+    assert len(taken) == count
+    return taken

@@ -17,8 +17,7 @@ from penstock.queue.local.process import free_port
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.protocol import RequestQueue
 from penstock.queue.settings import QueueSettings
-from tests.contract.queue.harness import Harness, settings
-from tests.contract.queue.test_request_queue import PLENTY
+from tests.contract.queue.harness import PLENTY, Harness, settings
 from tests.contract.servers import start
 from tests.support.fault_proxy import FaultProxy
 from tests.support.waiting import eventually_async

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
-import pytest_asyncio
 import redis
 import redis.asyncio
 
@@ -18,143 +14,33 @@ from penstock.queue.errors import StoreUnavailable
 from penstock.queue.local.redis_server import RedisServer
 from penstock.queue.messages import (
     TERMINAL,
-    Abort,
-    Delivered,
     Event,
     EventKind,
     Finish,
     Frame,
-    Inbound,
     Logprobs,
     Run,
     Stage,
-    StreamError,
     Usage,
     decode_delivered,
     decode_events,
-    decode_inbound,
     encode,
     lua_string,
 )
-from penstock.queue.redis_client import connect, connect_async
 from penstock.queue.registry import Lease
 from penstock.queue.settings import RedisSettings
 from penstock.queue.token_log import (
     Append,
     AppendStatus,
     Dispatch,
-    Dispatched,
     DispatchStatus,
-    RequestLog,
     TokenWriter,
-    emitted_tokens,
 )
+from tests.contract.queue.logs import ADOPTED, CANCELLED, OK, Store, Wire, entry, hand_over
 from tests.contract.servers import start
 from tests.support.earlier import Earlier
 
 pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
-
-OK, ADOPTED = DispatchStatus.OK, DispatchStatus.ADOPTED
-ERROR = Frame(TERMINAL, [], finish=Finish.ERROR, error=StreamError("failed", "no luck", 500))
-CANCELLED = Frame(TERMINAL, [], finish=Finish.ABORT)
-
-
-def entry(
-    request: str, attempt: int, index: int, tokens: list[int], finish: Finish | None = None, **fields: object
-) -> Append:
-    """One step of one request."""
-    frame = Frame(index, tokens, finish=finish, **fields)  # type: ignore[arg-type]
-    return Append(request, attempt, index, len(tokens), lua_string(encode(frame)), finish is not None)
-
-
-def hand_over(step: Append, replica: str, stage: Stage = Stage.DECODE) -> Append:
-    run = Run(step.id, stage, msgspec.Raw(encode({"v": 1})), [], kv={"block": 7})
-    return msgspec.structs.replace(step, hand_over=replica, work=lua_string(encode(run)))
-
-
-class Store:
-    """Both ends of a token log, and a look at its keys."""
-
-    def __init__(self, settings: RedisSettings) -> None:
-        self.settings = settings
-        self.blocking = connect(settings)
-        self.client = connect_async(settings)
-        self.writer = TokenWriter(self.blocking, settings)
-        self.log = RequestLog(self.client, settings)
-
-    def key(self, name: str) -> str:
-        return self.settings.namespace + name
-
-    def lease(self, *replicas: str) -> None:
-        for replica in replicas:
-            self.blocking.set(self.key(f"replica:{replica}"), b"alive")
-
-    def bury(self, replica: str) -> None:
-        self.blocking.delete(self.key(f"replica:{replica}"))
-
-    def inbox(self, replica: str) -> list[Inbound]:
-        rows: Any = self.blocking.xrange(self.key(f"inbox:{replica}"))
-        return [decode_inbound(fields[b"w"]) for _, fields in rows]
-
-    async def dispatch(
-        self, request: str, replica: str, *, expect: int = 0, force: bool = False, dispatcher: str = "d1", **known: Any
-    ) -> Dispatched:
-        work = lua_string(encode(Run(request, Stage.WHOLE, msgspec.Raw(encode({"v": 1})))))
-        one = Dispatch(request, expect, "ingress", replica, work, "acme", force, **known)
-        return (await self.log.dispatch(dispatcher, [one]))[0]
-
-    async def tokens(self, request: str) -> list[int]:
-        return emitted_tokens(await self.log.read(request))
-
-    async def close(self) -> None:
-        await self.client.aclose()
-        self.writer.close()
-        self.blocking.close()
-
-
-@pytest.fixture
-def settings(redis_server: RedisServer) -> RedisSettings:
-    return RedisSettings(url=redis_server.url, namespace=f"log{uuid.uuid4().hex[:8]}:")
-
-
-@pytest_asyncio.fixture
-async def store(settings: RedisSettings) -> AsyncIterator[Store]:
-    opened = Store(settings)
-    opened.lease("a", "b")
-    yield opened
-    await opened.close()
-
-
-class Wire:
-    """Everything published in a namespace."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._pubsub = store.blocking.pubsub()  # type: ignore[no-untyped-call]
-        self._pubsub.psubscribe(store.key("*"))
-        assert self._pubsub.get_message(timeout=5) is not None  # the confirmation
-
-    def read(self) -> list[tuple[str, bytes]]:
-        """Messages so far, in order: a marker of our own comes back after all of them."""
-        self._store.blocking.publish(self._store.key("marker"), b"")
-        read: list[tuple[str, bytes]] = []
-        while True:
-            message = self._pubsub.get_message(timeout=5)
-            assert message is not None, "the marker did not arrive"
-            channel = message["channel"].decode().removeprefix(self._store.settings.namespace)
-            if channel == "marker":
-                return read
-            read.append((channel, message["data"]))
-
-    def close(self) -> None:
-        self._pubsub.close()
-
-
-@pytest.fixture
-def wire(store: Store) -> Iterator[Wire]:
-    opened = Wire(store)
-    yield opened
-    opened.close()
 
 
 async def test_appends_are_read_back_whole(store: Store) -> None:
@@ -355,126 +241,6 @@ async def test_final_hand_over_to_the_dead_still_ends(store: Store) -> None:
     assert (await store.dispatch("r", "a")).status == DispatchStatus.DONE
 
 
-async def test_cancellation_follows_a_hand_over(store: Store) -> None:
-    """It met the prefill replica when that had just finished: the decode replica must hear of it."""
-    await store.dispatch("r", "a")
-    assert await store.log.cancel(["r"]) == 1
-    store.writer.append([hand_over(entry("r", 1, 0, [5]), "b")])
-    run, abort = store.inbox("b")
-    assert isinstance(run.work, Run)
-    assert abort == Inbound(0, Abort(["r"]))
-
-
-async def test_dispatch_numbers_attempts_and_runs(store: Store) -> None:
-    assert await store.dispatch("r", "a") == (OK, 1, 0, "a", 1, 0)
-    assert await store.dispatch("r", "b", force=True) == (OK, 2, 0, "b", 2, 0)
-    assert [got.attempt for got in store.inbox("b")] == [2]
-    run, abort = store.inbox("a")
-    assert (run.attempt, abort) == (1, Inbound(0, Abort(["r"]))), "the first is told to stop"
-
-
-async def test_living_replica_is_adopted(store: Store, wire: Wire) -> None:
-    """A second dispatcher watches what runs, and gets its events."""
-    await store.dispatch("r", "a")
-    assert await store.dispatch("r", "b", dispatcher="d2") == (ADOPTED, 1, 0, "a", 1, 0)
-    assert store.inbox("b") == []
-    store.writer.append([entry("r", 1, 0, [1], Finish.STOP)])
-    assert [channel for channel, _ in wire.read()] == ["ingress", "d2"]
-
-
-async def test_emitted_tokens_are_told_before_the_next_run(store: Store) -> None:
-    """The first call fences the old attempt and starts nothing; only the second, with all tokens known, runs."""
-    await store.dispatch("r", "a")
-    store.writer.append([entry("r", 1, 0, [1, 2])])
-    store.bury("a")
-    assert await store.dispatch("r", "b") == (DispatchStatus.EMITTED, 2, 2, "", 1, 1)
-    assert store.writer.append([entry("r", 1, 2, [9])]) == [AppendStatus.STALE]
-    assert store.inbox("b") == []
-    assert await store.log.states({"r": 1}) == []
-    assert await store.dispatch("r", "b", expect=2, deaths=1) == (OK, 3, 2, "b", 2, 1)
-    assert len(store.inbox("b")) == 1
-
-
-async def test_dispatch_to_the_dead_takes_no_attempt(store: Store) -> None:
-    store.bury("a")
-    assert await store.dispatch("r", "a") == (DispatchStatus.NO_REPLICA, 0, 0, "", 0, 0)
-    assert store.inbox("a") == []
-    assert await store.dispatch("r", "b") == (OK, 1, 0, "b", 1, 0)
-
-
-async def test_done_is_not_dispatched(store: Store) -> None:
-    await store.dispatch("r", "a")
-    store.writer.append([entry("r", 1, 0, [1], Finish.STOP)])
-    for force in (False, True):
-        assert (await store.dispatch("r", "b", force=force)).status == DispatchStatus.DONE
-    assert await store.log.states({"r": 1}) == [Event("r", EventKind.DONE, 1, "a")]
-
-
-async def test_cancelled_before_dispatch_is_never_run(store: Store) -> None:
-    assert await store.log.cancel(["r"]) == 1
-    assert (await store.dispatch("r", "a")).status == DispatchStatus.CANCELLED
-    assert await store.log.finish([("r", "ingress", CANCELLED)]) == [True]
-    assert await store.log.read("r") == [CANCELLED]
-    assert store.inbox("a") == []
-    assert (await store.dispatch("r", "a")).status == DispatchStatus.DONE
-    assert await store.log.cancel(["r"]) == 0
-
-
-async def test_cancel_reaches_the_replica_once(store: Store) -> None:
-    """All of one replica's cancellations come as one entry; nothing is sent to the dead."""
-    for request, replica in (("r1", "a"), ("r2", "a"), ("r3", "b")):
-        await store.dispatch(request, replica)
-    store.bury("b")
-    assert await store.log.cancel(["r1", "r2", "r3", "unknown"]) == 4
-    assert [got.work for got in store.inbox("a")][2:] == [Abort(["r1", "r2"])]
-    assert len(store.inbox("b")) == 1
-
-
-async def test_finish_from_outside_ends_it_everywhere(store: Store, wire: Wire) -> None:
-    await store.dispatch("r", "a")
-    store.writer.append([entry("r", 1, 0, [1])])
-    assert await store.log.finish([("r", "ignored", ERROR)]) == [True]
-    assert await store.log.finish([("r", "ignored", CANCELLED)]) == [False]
-    assert store.writer.append([entry("r", 1, 1, [2])]) == [AppendStatus.DONE]
-    assert await store.log.read("r") == [Frame(0, [1]), ERROR]
-    assert [got.work for got in store.inbox("a")][1:] == [Abort(["r"])]
-    assert [decode_delivered(data) for channel, data in wire.read()][1:] == [[Delivered("r", ERROR)]]
-
-
-async def test_given_up_by_whom_knows_all_its_deaths(store: Store) -> None:
-    """[I8] Not by one that has missed an attempt, nor that counts a replica which is alive after all."""
-    await store.dispatch("r", "a")
-    assert await store.log.give_up("r", "ingress", ERROR, 1, 1) == (None, 0)
-    store.bury("a")
-    assert await store.log.give_up("r", "ingress", ERROR, 0, 1) == (None, 1)
-    assert await store.log.give_up("r", "ingress", ERROR, 1, 2) == (None, 1)
-    assert await store.log.read("r") == []
-    for _ in range(2):  # again, by a successor
-        assert await store.log.give_up("r", "ingress", ERROR, 1, 1) == (EventKind.GIVEN_UP, 1)
-    assert await store.log.read("r") == [ERROR]
-    assert (await store.dispatch("r", "b")).status == DispatchStatus.GIVEN_UP
-    assert [event.kind for event in await store.log.states({"r": 1})] == [EventKind.GIVEN_UP]
-
-
-async def test_what_ended_otherwise_is_not_given_up(store: Store) -> None:
-    await store.dispatch("r", "a")
-    store.writer.append([entry("r", 1, 0, [1], Finish.STOP)])
-    assert await store.log.give_up("r", "ingress", ERROR, 1, 0) == (EventKind.DONE, 0)
-
-
-async def test_finish_of_the_never_dispatched_reaches_its_reader(store: Store, wire: Wire) -> None:
-    assert await store.log.finish([("r", "ingress", ERROR)]) == [True]
-    assert [(channel, decode_delivered(data)) for channel, data in wire.read()] == [
-        ("ingress", [Delivered("r", ERROR)])
-    ]
-
-
-async def test_state_of_a_lost_request_is_gone(store: Store) -> None:
-    await store.dispatch("r", "a")
-    store.blocking.delete(store.key("req:r"), store.key("tok:r"))
-    assert await store.log.states({"r": 1}) == [Event("r", EventKind.GONE)]
-
-
 async def test_memory_is_bounded(store: Store) -> None:
     """Whatever is stored for a request carries an expiry from its first byte on."""
     lifetime, retention = store.settings.lifetime_s * 1000, store.settings.retention_s * 1000
@@ -556,17 +322,3 @@ async def test_a_programming_error_is_not_an_outage(redis_server: RedisServer, s
         writer.append([entry("r", 1, 0, [1])])
     writer.close()
     client.close()
-
-
-async def test_a_replica_given_to_one_request_alone_takes_no_other(store: Store) -> None:
-    """[I8] Until it has got on well; the replica is free for everybody then."""
-    assert (await store.dispatch("suspect", "a", alone=True, probation=2)).status is OK
-    assert (await store.dispatch("other", "a")).status is DispatchStatus.NO_REPLICA
-    assert (await store.dispatch("other", "b")).status is OK
-    store.blocking.hset(store.key("req:suspect"), "probation", 2)  # as for a request with deaths behind it
-    writer = TokenWriter(store.blocking, store.settings, "a")
-    assert writer.append([entry("suspect", 1, 0, [1])]) == [AppendStatus.OK]
-    assert (await store.dispatch("third", "a")).status is DispatchStatus.NO_REPLICA
-    assert writer.append([entry("suspect", 1, 1, [2])]) == [AppendStatus.OK]
-    assert (await store.dispatch("third", "a")).status is OK
-    writer.close()

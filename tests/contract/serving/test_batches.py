@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,16 @@ import pytest
 
 from penstock.queue.errors import NoCapacity
 from penstock.queue.local.redis_server import RedisServer
-from penstock.queue.records import PriorityClass, new_request_id
+from penstock.queue.records import PriorityClass
 from penstock.queue.redis_client import connect_async
-from penstock.queue.settings import RedisSettings
 from penstock.serving.batches.answers import Reply
 from penstock.serving.batches.runner import LineRequest
-from penstock.serving.files.catalog import new_file_id
-from penstock.serving.files.orphans import MARKER
 from penstock.serving.tenants import KeyStore
 from tests.support.batch_server import (
     CHAT,
     BatchServer,
-    Fleet,
     chat_reply,
+    ids,
     jsonl,
     line,
     new_server,
@@ -36,19 +31,9 @@ from tests.support.batch_server import (
     submit,
     until,
 )
-from tests.support.s3_server import S3Server
 from tests.support.waiting import eventually_async
 
 pytestmark = [pytest.mark.contract, pytest.mark.asyncio]
-
-
-@pytest.fixture
-def server(redis_server: RedisServer, tmp_path: Path) -> BatchServer:
-    return new_server(redis_server, tmp_path)
-
-
-def ids(found: list[dict[str, Any]]) -> list[str]:
-    return [row["custom_id"] for row in found]
 
 
 async def test_every_line_is_answered(server: BatchServer) -> None:
@@ -211,169 +196,6 @@ async def test_an_expired_batch_delivers_what_finished(server: BatchServer, monk
     assert (batch.completed_at, batch.cancelled_at) == (None, None)
 
 
-BAD = [
-    (b"", "empty_file", None),
-    (b"\n", "invalid_json_line", 1),
-    (b"junk", "invalid_json_line", 1),
-    (bytes(range(256)) * 5, "invalid_json_line", 1),
-    (jsonl([line("a")]) + b"\n" + jsonl([line("b")]), "invalid_json_line", 2),
-    (jsonl([line("a")]).decode().encode("utf-16"), "invalid_json_line", 1),
-    (jsonl([line("a"), line("b"), line("a")]), "duplicate_custom_id", 3),
-    (jsonl([line("a"), line("b", body={"model": "other", "messages": []})]), "model_mismatch", 2),
-    (jsonl([line("a", body={"model": "other", "messages": []})]), "model_not_found", 1),
-    (jsonl([line("a"), line("b", url="/v1/completions")]), "url_mismatch", 2),
-    (jsonl([line("a", url="/v1/completions")]), "url_mismatch", 1),
-    (jsonl([line("a", method="GET")]), "invalid_method", 1),
-    (jsonl([line("a"), {"custom_id": "b", "method": "POST", "url": CHAT}]), "missing_required_parameter", 2),
-    (jsonl([line("a", body={"messages": []})]), "missing_required_parameter", 1),
-    (jsonl([line("")]), "missing_required_parameter", 1),
-    (jsonl([line("a") | {"custom_id": 7}]), "invalid_type", 1),
-    (jsonl([line("a", body={"model": "m", "stream": True})]), "invalid_request", 1),
-    (jsonl([line("a"), line("b", body={"model": "m", "temperature": float("nan")})]), "invalid_json_line", 2),
-    (jsonl([line("a")]) + b"[" * 100_000 + b"]" * 100_000 + b"\n", "invalid_json_line", 2),
-    (
-        jsonl([line("a", body={"model": "m", "x": 1})]).replace(b"1", b"[" * 100_000 + b"]" * 100_000),
-        "invalid_json_line",
-        1,
-    ),
-    (jsonl([line("a"), line("b", "x" * 20_000_000)]), "line_too_long", 2),
-    (b"[1, 2]\n", "invalid_json_line", 1),
-    (jsonl([line(f"c{i}") for i in range(31)]), "too_many_tasks", None),
-]
-
-
-@pytest.mark.parametrize(("content", "code", "number"), BAD, ids=[f"{code}-{i}" for i, (_, code, _) in enumerate(BAD)])
-async def test_bad_input(
-    redis_server: RedisServer, tmp_path: Path, content: bytes, code: str, number: int | None
-) -> None:
-    server = new_server(redis_server, tmp_path, batches={"max_lines": 30})
-    async with server.serving() as api:
-        batch = await submit(api, content)
-        batch = await until(api, batch.id, "failed")
-        good = await submit(
-            api, jsonl([line("fine")]).replace(b"\n", b"\r\n")
-        )  # also: nobody is down, and CRLF is fine
-        await until(api, good.id, "completed")
-    assert batch.errors is not None
-    assert batch.errors.data is not None
-    first = batch.errors.data[0]
-    assert (first.code, first.line) == (code, number)
-    assert first.message
-    assert batch.failed_at is not None
-    assert (batch.output_file_id, batch.error_file_id, batch.in_progress_at) == (None, None, None)
-
-
-async def test_every_problem_has_its_line(server: BatchServer) -> None:
-    lines = [line(f"c{i}") for i in range(500)]
-    for i in range(0, 500, 7):
-        lines[i] = line("same")
-    content = jsonl(lines).replace(b'"c1"', b"oops")
-    async with server.serving() as api:
-        batch = await until(api, (await submit(api, content)).id, "failed")
-    assert batch.errors is not None
-    assert [(each.code, each.line) for each in batch.errors.data or []] == [
-        ("invalid_json_line", 2),
-        *(("duplicate_custom_id", i + 1) for i in range(7, 500, 7)),
-    ]
-
-
-async def test_a_file_of_nothing_but_errors_is_given_up_early(server: BatchServer) -> None:
-    async with server.serving() as api:
-        batch = await until(api, (await submit(api, b"\n" * 50_000_000)).id, "failed")
-    assert batch.errors is not None
-    codes = Counter(each.code for each in batch.errors.data or [])
-    assert codes == {"too_many_tasks": 1, "invalid_json_line": 100}
-
-
-CREATE = {"endpoint": CHAT, "completion_window": "24h"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "param"),
-    [
-        ({"endpoint": "/v1/embeddings"}, "endpoint"),
-        ({"endpoint": "/v1/moderations"}, "endpoint"),
-        ({"completion_window": "59m"}, "completion_window"),
-        ({"completion_window": "8d"}, "completion_window"),
-        ({"completion_window": "0h"}, "completion_window"),
-        ({"metadata": {f"k{i}": "v" for i in range(17)}}, "metadata"),
-        ({"metadata": {"k" * 65: "v"}}, "metadata"),
-        ({"metadata": {"k": "v" * 513}}, "metadata"),
-        ({"metadata": {"k": 1}}, "metadata[...]"),
-        ({"output_expires_after": {"anchor": "created_at", "seconds": 60}}, "output_expires_after.seconds"),
-        ({"output_expires_after": {"anchor": "ended_at", "seconds": 3600}}, "output_expires_after.anchor"),
-        ({"input_file_id": 7}, "input_file_id"),
-    ],
-)
-async def test_what_is_asked_wrongly(server: BatchServer, changes: dict[str, Any], param: str) -> None:
-    async with server.serving() as api:
-        uploaded = await api.files.create(file=("a", jsonl([line("a")])), purpose="batch")
-        asked: dict[str, Any] = {"input_file_id": uploaded.id} | CREATE | changes
-        with pytest.raises(openai.BadRequestError) as refused:
-            await api.batches.create(**asked)
-        assert (refused.value.param, refused.value.type) == (param, "invalid_request_error")
-        assert [batch.id async for batch in await api.batches.list()] == []
-
-
-async def test_an_input_that_is_none(server: BatchServer) -> None:
-    async with server.serving() as api:
-        asked: dict[str, Any] = dict(CREATE)
-        with pytest.raises(openai.NotFoundError, match="No such File object"):
-            await api.batches.create(input_file_id="file-nobody", **asked)
-        batch = await until(api, (await submit(api, jsonl([line("a")]))).id, "completed")
-        with pytest.raises(openai.BadRequestError, match="purpose must be 'batch'"):
-            await api.batches.create(input_file_id=batch.output_file_id or "", **asked)
-        with pytest.raises(openai.NotFoundError, match="No batch found"):
-            await api.batches.retrieve("batch_nobody")
-        with pytest.raises(openai.NotFoundError, match="No batch found"):
-            await api.batches.cancel("batch_nobody")
-
-
-async def test_an_input_file_id_leads_to_nothing_else(server: BatchServer, tmp_path: Path) -> None:
-    server.batches = {"coordinate": False}
-    kept = [tmp_path / "outside", Path(server.root, "segments", "b", "1")]
-    for path in kept:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-    async with server.serving() as api, connect_async(server.redis) as client:
-        batch = await submit(api, jsonl([line("a")]))
-        kept.append(Path(server.root, batch.input_file_id))
-        short, long = batch.input_file_id[:-1], f"{batch.input_file_id}\n"
-        elsewhere = ("", ".", "..", "/", "../outside", str(kept[0]), "segments", "segments/b/1", "*", "file-*")
-        for name in (*elsewhere, short, long):
-            with pytest.raises(openai.NotFoundError, match="No such File object"):
-                await api.batches.create(input_file_id=name, endpoint=CHAT, completion_window="24h")
-        pins = await client.keys(f"{server.redis.namespace}file-pins:*")
-    assert [path for path in kept if not path.exists()] == []
-    assert pins == [f"{server.redis.namespace}file-pins:{batch.input_file_id}".encode()]
-
-
-async def test_what_others_have_stored_is_not_removed(server: BatchServer) -> None:
-    """Also between the moment an object is there and the one in which its description is."""
-    server.batches = {"coordinate": False}
-    async with connect_async(server.redis) as client:
-        keys = [(await KeyStore(client, server.redis).create(tenant))[0] for tenant in ("one", "two")]
-    async with server.serving() as api:
-        one, two = (api.with_options(api_key=key) for key in keys)
-        known = (await one.files.create(file=("a", jsonl([line("a")])), purpose="batch")).id
-        arriving = new_file_id()
-        await asyncio.to_thread(Path(server.root, arriving).write_bytes, b"x")
-        for name in (known, arriving):
-            with pytest.raises(openai.NotFoundError, match="No such File object"):
-                await two.batches.create(input_file_id=name, endpoint=CHAT, completion_window="24h")
-        assert set(await asyncio.to_thread(os.listdir, server.root)) >= {known, arriving}
-
-
-async def test_a_batch_id_leads_to_no_other_key(server: BatchServer) -> None:
-    server.batches = {"coordinate": False}
-    async with server.serving() as api, connect_async(server.redis) as client:
-        batch = await submit(api, jsonl([line("a")]))
-        await client.set(f"{server.redis.namespace}batch:{batch.id}:lease", "somebody")
-        for call in (api.batches.retrieve, api.batches.cancel):
-            with pytest.raises(openai.NotFoundError, match="No batch found"):
-                await call(f"{batch.id}:lease")
-
-
 async def test_a_sweep_that_fails_stops_no_batch(server: BatchServer) -> None:
     async with connect_async(server.redis) as client:
         await client.set(f"{server.redis.namespace}file:file-x", b"no description")
@@ -474,126 +296,6 @@ async def test_a_lost_input_ends_the_batch(server: BatchServer) -> None:
         batch = await until(api, batch.id, "failed")
     assert batch.errors is not None
     assert [each.code for each in batch.errors.data or []] == ["input_file_lost"]
-
-
-async def test_tenants_share_an_ingress(server: BatchServer) -> None:
-    """A tenant with much work does not keep another from its share."""
-    order: list[str] = []
-
-    async def answer(request: LineRequest) -> Reply:
-        order.append(request.tenant)
-        await asyncio.sleep(0.002)
-        return chat_reply()
-
-    server.fleet.answer = answer
-    server.batches = {"in_flight": 8}
-    async with connect_async(server.redis) as client:
-        keys = [(await KeyStore(client, server.redis).create(tenant))[0] for tenant in ("big", "small")]
-    async with server.serving() as api:
-        big, small = (api.with_options(api_key=key) for key in keys)
-        await asyncio.gather(*(submit(big, jsonl([line(f"{i}") for i in range(3000)])) for _ in range(3)))
-        await eventually_async(_is(lambda: len(order) > 100), 20, "the big tenant is at work")
-        begun = len(order)
-        batch = await submit(small, jsonl([line(f"{i}") for i in range(200)]))
-        await until(small, batch.id, "completed")
-        during = order[order.index("small") :]
-        last = len(during) - during[::-1].index("small")
-    assert begun > 100
-    assert during[:last].count("big") <= 2 * 200  # it has three batches, and still about half
-
-
-async def test_a_closing_window_makes_it_urgent(server: BatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.serving.batches.routes.window_s", lambda text: 600)
-    server.batches = {"urgent_share": 1.0}
-    async with server.serving() as api:
-        await until(api, (await submit(api, jsonl([line("a")]))).id, "completed")
-    assert [asked.priority_class for asked in server.fleet.asked] == [PriorityClass.STANDARD]
-
-
-async def test_what_waits_in_the_batch_class_moves_up(server: BatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others fill the engines: what was sent in the batch class is not begun before it is urged."""
-
-    async def answer(request: LineRequest) -> Reply:
-        if request.priority_class is PriorityClass.BATCH:
-            await eventually_async(_is(lambda: request.stream_id in server.fleet.urged), 60, "it is urged")
-        return chat_reply()
-
-    monkeypatch.setattr("penstock.serving.batches.routes.window_s", lambda text: 12)
-    monkeypatch.setattr("penstock.serving.batches.runner.URGE_S", 0.05)
-    server.fleet.answer = answer
-    server.batches = {"urgent_share": 0.5, "in_flight": 4}
-    async with server.serving() as api:
-        batch = await submit(api, jsonl([line(f"c{i}") for i in range(20)]))
-        batch = await until(api, batch.id, "completed", "expired")
-    assert batch.status == "completed"
-    sent = {asked.stream_id: asked.priority_class for asked in server.fleet.asked}
-    assert server.fleet.urged == {name for name, sent_as in sent.items() if sent_as is PriorityClass.BATCH}
-    assert len(server.fleet.urged) == 4
-
-
-async def test_shared_prompts_run_side_by_side(server: BatchServer) -> None:
-    systems = [f"You are expert number {i}." for i in range(20)]
-    lines = []
-    for i in range(400):
-        told = [{"role": "system", "content": systems[i * 7919 % 20]}, {"role": "user", "content": f"{i}"}]
-        lines.append(line(f"c{i}", body={"model": "m", "messages": told}))
-    async with server.serving() as api:
-        batch = await until(api, (await submit(api, jsonl(lines))).id, "completed")
-    assert batch.request_counts is not None
-    assert batch.request_counts.completed == 400
-    seen = [json.loads(asked.body)["messages"][0]["content"] for asked in server.fleet.asked]
-    assert sum(a != b for a, b in pairwise(seen)) == 19
-
-
-async def test_on_s3(redis_server: RedisServer, s3_server: S3Server) -> None:
-    bucket = s3_server.make_bucket(f"b{new_request_id()}")
-    server = BatchServer(RedisSettings(url=redis_server.url, namespace=f"{bucket}:"), bucket)
-    server.files = {"storage_options": s3_server.storage_options}
-    async with server.serving() as api:
-        batch = await submit(api, jsonl([line(f"c{i}") for i in range(1300)]), metadata={"ordered": "true"})
-        batch = await until(api, batch.id, "completed")
-        assert ids(await rows(api, batch.output_file_id)) == [f"c{i}" for i in range(1300)]
-        for file_id in (batch.input_file_id, batch.output_file_id or ""):
-            await api.files.delete(file_id)
-        await eventually_async(_is(lambda: s3_server.objects(bucket) == [MARKER]), 20, "only its name is left")
-
-
-async def test_it_waits_for_redis(redis_server: RedisServer, tmp_path: Path) -> None:
-    own = RedisServer(tmp_path / "redis")
-    own.start()
-    try:
-        server = new_server(own, tmp_path)
-        waiting = asyncio.Event()
-
-        async def answer(request: LineRequest) -> Reply:
-            await waiting.wait()
-            return chat_reply()
-
-        server.fleet.answer = answer
-        async with server.serving() as api:
-            batch = await submit(api, jsonl([line(f"c{i}") for i in range(600)]))
-            await eventually_async(_is(lambda: len(server.fleet.asked) > 200), 20, "lines are under way")
-            await asyncio.to_thread(own.kill)
-            waiting.set()
-            await eventually_async(_is(lambda: not _open_runs(server.fleet)), 20, "all under way are answered")
-            await asyncio.to_thread(own.start)
-            patient = api.with_options(max_retries=10)
-            batch = await until(patient, batch.id, "completed")
-            assert sorted(ids(await rows(api, batch.output_file_id))) == sorted(f"c{i}" for i in range(600))
-    finally:
-        own.stop()
-    assert set(server.fleet.runs.values()) == {1}
-
-
-def _open_runs(fleet: Fleet) -> bool:
-    return any(not task.done() for task in fleet.log.values())
-
-
-def _is(condition: Any) -> Any:
-    async def holds() -> bool:
-        return bool(condition())
-
-    return holds
 
 
 async def _has_finished(api: openai.AsyncOpenAI, batch_id: str, lines: int) -> bool:

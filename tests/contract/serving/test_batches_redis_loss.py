@@ -23,7 +23,7 @@ from penstock.queue.redis_client import connect_async
 from penstock.queue.settings import RedisSettings
 from penstock.serving.batches.coordinator import Parts
 from penstock.serving.batches.model import Status
-from tests.contract.serving.test_batches_kills import CATALOG_WRITES, STORE_WRITES, Bench, Killer
+from tests.contract.serving.bench import CATALOG_WRITES, STORE_WRITES, Bench, Killer
 
 pytestmark = [pytest.mark.contract, pytest.mark.asyncio, pytest.mark.timeout(300)]
 DURABLE_S = 0.5

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -239,20 +238,6 @@ async def test_a_file_outlives_its_deletion_while_a_batch_reads_it(redis_server:
         assert done.request_counts is not None
         assert done.request_counts.completed == 10
         await eventually_async(lambda: _holds_only(idle, done.output_file_id), 10, "only the output is left")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 async def test_a_full_disk(redis_server: RedisServer, small_disk: Path) -> None:

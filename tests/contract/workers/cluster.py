@@ -299,3 +299,7 @@ class Cluster:
         await self.queue.close()
         await self.client.aclose()
         assert isinstance(result, asyncio.CancelledError), result
+
+
+STATEFUL = {"max_tokens": 8, "seed": 7}
+CONTINUABLE = {"max_tokens": 8}

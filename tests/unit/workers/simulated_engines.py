@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from penstock.queue.messages import Finish, Stage
@@ -10,6 +11,7 @@ from penstock.queue.settings import ModelSettings
 from penstock.workers.engine import Job, Output
 from penstock.workers.settings import WorkerSettings
 from penstock.workers.simulated.engine import SimulatedEngine
+from penstock.workers.simulated.tokens import expected_tokens
 
 SMALL = {
     "max_num_seqs": 4,
@@ -95,3 +97,18 @@ def decode_elsewhere(prompt: list[int], emitted: list[int], kv: dict[str, Any], 
     engine.shutdown()
     assert outputs[-1].finish is Finish.LENGTH
     return tokens_of(outputs)
+
+
+PROMPT = list(range(100, 110))
+TIMED = "h100/llama3.1-8b"
+MakeEngine = Callable[..., SimulatedEngine]
+
+
+def prefill(engine: SimulatedEngine, id_: str = "r", **job: Any) -> dict[str, Any]:
+    """Run the prefill of PROMPT; its transfer parameters."""
+    submit(engine, make_job(id_, PROMPT, stage=Stage.PREFILL, **{"max_tokens": 8} | job))
+    (output,) = run(engine)[id_]
+    assert output.finish is Finish.LENGTH
+    assert output.kv is not None
+    assert output.tokens == expected_tokens(PROMPT, 1)
+    return output.kv

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from simulated_engines import Clock, make_engine, make_job
 
 from penstock.queue.messages import Finish, Stage
 from penstock.queue.records import PriorityClass
@@ -16,6 +15,7 @@ from penstock.workers.engine import Job, Output
 from penstock.workers.simulated.engine import SimulatedEngine
 from penstock.workers.simulated.releases import KV_LEASE_S
 from penstock.workers.simulated.tokens import expected_tokens
+from tests.unit.workers.simulated_engines import Clock, make_engine, make_job
 
 pytestmark = pytest.mark.unit
 

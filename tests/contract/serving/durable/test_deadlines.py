@@ -16,7 +16,7 @@ from penstock.queue.settings import RedisSettings
 from penstock.queue.token_log import RequestLog
 from penstock.serving import deadlines as deadlines_module
 from penstock.serving.deadlines import LATE, SLACK_S, Deadlines
-from tests.contract.queue.test_mailbox import CHANNEL, Ingress
+from tests.contract.queue.ingresses import CHANNEL, Ingress
 from tests.support.requests import make_record
 from tests.support.waiting import eventually_async
 
