@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 from typing import Any
@@ -14,6 +15,7 @@ from tests.stack.conftest import MODEL
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(700)]
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Count to 20."}], "temperature": 0}
+BURST = 300
 COUNTED = " ".join(str(n) for n in range(1, 21))
 
 
@@ -117,3 +119,21 @@ def test_deadline_ends_the_stream_with_a_typed_error(url: str) -> None:
         f"{url}/v1/chat/completions", json=CHAT | {"max_tokens": 900}, headers={"x-request-timeout-ms": "1"}, timeout=60
     )
     assert _error(answer, 504)["code"] == "deadline_exceeded"
+
+
+def test_a_burst(url: str) -> None:
+    """Far more requests at one instant than engines have seats and an ingress has connections to Redis: all wait their
+    turn, none is refused."""
+
+    async def ask(client: httpx.AsyncClient, number: int) -> httpx.Response:
+        body = {"model": MODEL, "prompt": f"{number}", "max_tokens": 2, "ignore_eos": True}
+        return await client.post(f"{url}/v1/completions", json=body)
+
+    async def burst() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=BURST)
+        async with httpx.AsyncClient(timeout=300, limits=limits, trust_env=False) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(BURST)))
+
+    answers = asyncio.run(burst())
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {2}
