@@ -128,8 +128,23 @@ async def redis_under_clients(round_: Round) -> None:
     round_.outcome.check("", "an ingress grows less than 64 MB", grown < GROWN_BYTES, grown)
 
 
-async def _same_bytes(round_: Round, faults: Callable[[list[Answer]], Awaitable[None]]) -> None:
-    """Clients read the same answers calmly, then under faults, resuming; then what they read is read again whole."""
+async def rolling(round_: Round) -> None:
+    """Replace every process by a successor, ingresses too: no stream breaks, so no client has to come back."""
+
+    async def faults(answers: list[Answer]) -> None:
+        for _ in range(round_.size.faults):
+            for part in list(round_.stack.parts.values()):
+                await _progress(round_, answers)
+                await round_.inject(f"replace {part.name}", round_.stack.replace, part)
+
+    answers = await _same_bytes(round_, faults)
+    broken = [answer.stream_id for answer in answers if answer.resumed]
+    round_.outcome.check("I1", "no stream broke", not broken, broken[:3])
+
+
+async def _same_bytes(round_: Round, faults: Callable[[list[Answer]], Awaitable[None]]) -> list[Answer]:
+    """Clients read the same answers calmly, then under faults, resuming; then what they read is read again whole.
+    Returns what they read under faults."""
     clients = Clients(lambda: round_.stack.urls, round_.rng)
     bodies = [chat(f"Tell me about {number}.", round_.size.tokens) for number in range(round_.size.streams)]
     try:
@@ -150,6 +165,7 @@ async def _same_bytes(round_: Round, faults: Callable[[list[Answer]], Awaitable[
     outcome.check("I4", "the bytes are those of the stream read whole", not other, other[:3])
     round_.figure("resumed", sum(answer.resumed for answer in answers))
     await round_.settle()
+    return answers
 
 
 async def _disturbed(
@@ -225,5 +241,12 @@ EDGE_ROWS = [
             Scale.LONG: Size(12, 64, 512, seconds=5),
         },
         redis_under_clients,
+    ),
+    Row(
+        "rolling-under-clients",
+        "rolling replacement of everything, ingresses too, under HTTP streams",
+        EDGE,
+        {Scale.TEST: Size(1, 12, 384), Scale.SHORT: Size(1, 64, 512), Scale.LONG: Size(3, 64, 512)},
+        rolling,
     ),
 ]
