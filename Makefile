@@ -85,7 +85,7 @@ bench-quick: $(DEV_READY)  ## prefill/decode on Kafka against vLLM's server, thr
 	$(BIN)/python -m tests.benchmarks run --workloads quick --no-replay $(if $(ROUNDS),--rounds $(ROUNDS)) \
 	  --contenders $(or $(CONTENDERS),pd-kafka)
 
-bench: $(DEV_READY) $(BENCH_READY)  ## all contenders, then the scale part and the page; some two hours, with WORKLOADS=quick half of one (ROUNDS=5 CONTENDERS=... WORKLOADS=quick|short|full)
+bench: $(DEV_READY) $(BENCH_READY)  ## all contenders, then the scale part and the page; an hour and a half, with WORKLOADS=quick half of one (ROUNDS=5 CONTENDERS=... WORKLOADS=quick|short|full|all)
 	$(BIN)/python -m tests.benchmarks run $(BENCH_OPTIONS)
 	$(BIN)/python -m tests.benchmarks scale
 	$(BIN)/python -m tests.benchmarks report

@@ -65,7 +65,13 @@ def benchmarks() -> None:
     type=_Words(),
     help=f"Whom to measure, of {', '.join(NAMES[1:])}; default: all. Each is measured against a reference.",
 )
-@click.option("--workloads", default="full", show_default=True, type=click.Choice(list(SETS)))
+@click.option(
+    "--workloads",
+    default="full",
+    show_default=True,
+    type=click.Choice(list(SETS)),
+    help="full: all for the main pairs, short for those that vary a queue or a setting; all: everything.",
+)
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option("--idle-seconds", default=5.0, show_default=True, help="How long idle CPU is watched, per contender.")
 @click.option(
@@ -93,7 +99,13 @@ def run(
 ) -> None:
     """Contenders in pairs, warm and interleaved."""
     plan = Plan(
-        pairs_of(contenders), SETS[workloads], rounds, idle_seconds, _named(model, dtype), traces if replay else None
+        pairs_of(contenders),
+        SETS[workloads],
+        rounds,
+        idle_seconds,
+        _named(model, dtype),
+        traces if replay else None,
+        everywhere=workloads == "all",
     )
     _measure(lambda board: Session(plan, board), results, LATEST)
 

@@ -93,7 +93,7 @@ def summarise(result: Result) -> list[Comparison]:
     """Both sides and their ratio by pair, workload and figure (CPU: ``cpu_s_per_1k:<group>``)."""
     pairs = dict.fromkeys((r.reference, r.subject) for r in result.rounds)
     return [
-        Comparison(*pair, {workload.name: _rows(result, *pair, workload.name) for workload in result.workloads})
+        Comparison(*pair, {w.name: rows for w in result.workloads if (rows := _rows(result, *pair, w.name))})
         for pair in pairs
     ]
 

@@ -18,9 +18,9 @@ from tests.benchmarks.load import LoadGenerator, Measured, Order
 from tests.benchmarks.processes import Sample, cpu_by_group, peak_by_group
 from tests.benchmarks.report import Board
 from tests.benchmarks.results import IdleProcess, Result, Round, Sheet, machine, now, software
-from tests.benchmarks.sides import ENGINE_ARGS, MAX_MODEL_LEN, RAY_LLM_PYTHON, make_contender
+from tests.benchmarks.sides import ENGINE_ARGS, MAIN, MAX_MODEL_LEN, RAY_LLM_PYTHON, make_contender
 from tests.benchmarks.trace import TRACE, capacity_run, read_slice, replay
-from tests.benchmarks.workloads import QUICK, Workload
+from tests.benchmarks.workloads import QUICK, SHORT, Workload
 
 SETTLE_S = 0.3
 """After a round: what a contender still has to do for it (commits, metrics) is charged to that round."""
@@ -29,7 +29,8 @@ WARM_UP = QUICK
 
 
 class Plan(NamedTuple):
-    """What to run. ``traces``: the folder of the trace that is replayed, if any is."""
+    """What to run. ``traces``: the folder of the trace that is replayed, if any is. ``everywhere``: every pair gets
+    every workload, not the :data:`~tests.benchmarks.sides.MAIN` ones only."""
 
     pairs: Sequence[tuple[str, str]]
     workloads: Sequence[Workload]
@@ -37,6 +38,7 @@ class Plan(NamedTuple):
     idle_s: float
     model: Model
     traces: Path | None = None
+    everywhere: bool = False
     seed: int = 0
 
 
@@ -137,14 +139,15 @@ class Session:
             self.result.contenders[contender.name] = msgspec.structs.replace(sheet, left_behind=contender.left_behind)
 
     def _compare(self, load: LoadGenerator, sides: Sequence[Contender]) -> None:
-        workloads = list(self._plan.workloads)
-        replayed = self._arrivals is not None
+        whole = self._plan.everywhere or tuple(side.name for side in sides) in MAIN
+        workloads = [each for each in self._plan.workloads if whole or each in (*SHORT, *QUICK)]
+        replayed = whole and self._arrivals is not None
         steps = len(WARM_UP) + replayed + (len(workloads) + replayed) * self._plan.rounds
         with self._board.progress(" / ".join(side.name for side in reversed(sides)), steps) as advance:
             for workload in WARM_UP:
                 self._turn(load, sides, workload)
                 advance()
-            if self._arrivals is not None:
+            if replayed and self._arrivals is not None:
                 capacity = self._turn(load, sides, capacity_run(self._arrivals))
                 workloads.append(replay(self._arrivals, capacity[sides[0].name].measured.duration_s))
                 advance()

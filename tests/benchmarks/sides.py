@@ -201,6 +201,8 @@ PAIRS = (
     ("ray-serve-llm-tamed", "pd-kafka"),
 )
 """Reference and subject; neighbours share a contender, which stays up between them."""
+MAIN = {("vllm", "mixed-redis"), ("vllm", "pd-kafka"), ("ray-serve-llm", "pd-kafka")}
+"""Each shape against what a user would pick instead. The other pairs vary the queue or a setting."""
 
 
 def pairs_of(contenders: Collection[str]) -> list[tuple[str, str]]:
