@@ -122,6 +122,7 @@ def test_every_kind_of_answer_crosses_the_death_of_its_engine(stack: RunningStac
 
 def _assert_of_their_kind(answers: dict[str, JSON]) -> None:
     first = {kind: answer["choices"][0] for kind, answer in answers.items()}
+    print(first)
     assert first["stop string"]["text"].endswith("77 ")
     assert first["stop string"]["stop_reason"] == "78 79"
     assert len(first["log probabilities"]["logprobs"]) > 80
