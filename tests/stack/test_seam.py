@@ -27,7 +27,9 @@ ROUNDS = 3
 ANSWER_TIMEOUT_S = 300.0
 """For an answer, with the start of a new engine in it, on a busy machine."""
 STEPS = "[1-9](, [1-9]){50}"
-SCALE = {"type": "function", "function": {"name": "scale", "parameters": {"type": "object"}}}
+DIGITS = {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 9}, "minItems": 50, "maxItems": 60}
+PARAMETERS = {"type": "object", "properties": {"steps": DIGITS}, "required": ["steps"], "additionalProperties": False}
+SCALE = {"type": "function", "function": {"name": "scale", "parameters": PARAMETERS, "strict": True}}
 
 
 def _chat(content: str, **fields: Any) -> tuple[str, JSON]:
@@ -60,7 +62,8 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def parsing(stack: RunningStack) -> Iterator[str]:
-    """An ingress with a reasoning parser, which finds its marks in the text: the demo model has no tokens for them."""
+    """An ingress with a reasoning parser, which finds its marks in the text: the demo model has no tokens for them. In
+    vLLM it hides calls from their parser, so the others go elsewhere."""
     with extra_ingress(stack, free_port(), PENSTOCK_INGRESS_REASONING_PARSER="granite") as url:
         yield url
 
@@ -88,9 +91,9 @@ class Stream:
         return merged(events_of(lines))
 
 
-def _all_at_once(base: str, victim: int) -> tuple[dict[str, JSON], list[str]]:
+def _all_at_once(bases: dict[str, str], victim: int) -> tuple[dict[str, JSON], list[str]]:
     """Every answer, and which of them the death of ``victim`` (0: of nobody) has hit in their middle."""
-    streams = [Stream(base, kind) for kind in KINDS]
+    streams = [Stream(bases[kind], kind) for kind in KINDS]
     hit: list[str] = []
     with ThreadPoolExecutor(len(streams)) as threads:
         futures = {stream.kind: threads.submit(stream.read) for stream in streams}
@@ -106,12 +109,13 @@ def _all_at_once(base: str, victim: int) -> tuple[dict[str, JSON], list[str]]:
 
 def test_every_kind_of_answer_crosses_the_death_of_its_engine(stack: RunningStack, parsing: str) -> None:
     """[I2, I3] Killed again and again until each has been hit."""
-    undisturbed, _ = _all_at_once(parsing, 0)
+    bases = dict.fromkeys(KINDS, stack.urls["redis"]) | {"reasoning": parsing}
+    undisturbed, _ = _all_at_once(bases, 0)
     _assert_of_their_kind(undisturbed)
     missed = set(KINDS)
     for _ in range(ROUNDS):
         victim = decode_replica(stack)
-        answers, hit = _all_at_once(parsing, victim.pid)
+        answers, hit = _all_at_once(bases, victim.pid)
         for kind, answer in answers.items():
             assert answer == undisturbed[kind], kind
         missed -= set(hit)
@@ -122,14 +126,13 @@ def test_every_kind_of_answer_crosses_the_death_of_its_engine(stack: RunningStac
 
 def _assert_of_their_kind(answers: dict[str, JSON]) -> None:
     first = {kind: answer["choices"][0] for kind, answer in answers.items()}
-    print(first)
     assert first["stop string"]["text"].endswith("77 ")
     assert first["stop string"]["stop_reason"] == "78 79"
     assert len(first["log probabilities"]["logprobs"]) > 80
     assert len(answers["seed, two choices"]["choices"]) == 2
     assert first["auto call"]["call 0"].startswith("scale{")
     assert first["auto call"]["finish_reason"] == "tool_calls"
-    assert first["named call"]["call 0"].startswith("scale")
+    assert first["named call"]["call 0"].startswith("scale{")
     assert len(first["reasoning"]["reasoning"]) >= 90 <= len(first["reasoning"]["text"])
     for kind in ("greedy", "response", "message"):
         assert "87 88 89 90" in first[kind]["text"]
