@@ -19,6 +19,9 @@ from penstock.workers.host import EngineHost
 from penstock.workers.metrics import EngineMetrics
 from penstock.workers.settings import CPU_ENVIRONMENT, WorkerSettings
 
+SIGNAL_S = 1.0
+"""How late SIGTERM may be noticed. A process that is stopped when it comes gives it to any of its threads when it goes
+on, and Python's handler waits until the main thread, which it does not wake, does something."""
 log = structlog.get_logger()
 
 
@@ -88,6 +91,7 @@ def main(role: str, node: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     host = start_host(RedisSettings(), model, workers, role, node, new_replica_id(role))
-    ended.wait()
+    while not ended.wait(SIGNAL_S):
+        continue
     host.drain(workers.drain_grace_s)
     host.stop()

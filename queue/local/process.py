@@ -24,14 +24,15 @@ CONNECT_TIMEOUT_S = 1.0
 LOG_TAIL_LINES = 20
 
 # A watcher in the shell reads our end of a pipe, which only this process holds open: when this process is gone, however
-# it went and whichever of its threads started the server, the read ends and the server is told to stop.
+# it went and whichever of its threads started the server, the read ends and the server is told to stop, and to go on
+# if it had been stopped by a signal, for it would not hear otherwise.
 # (PR_SET_PDEATHSIG would fire when the starting *thread* ends, and needs code between fork and exec.)
 _SUPERVISOR = """
 exec 3<&0
 "$@" </dev/null >&2 3<&- & server=$!
 echo $server
 exec >/dev/null
-{ read -r _ <&3; kill $server; } & watcher=$!
+{ read -r _ <&3; kill $server; kill -CONT $server; } & watcher=$!
 wait $server
 kill $watcher 2>/dev/null
 """

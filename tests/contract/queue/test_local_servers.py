@@ -63,8 +63,10 @@ def test_data_survives_a_crash(tmp_path: Path) -> None:
     server.stop()
 
 
+@pytest.mark.parametrize("paused", [False, True])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_dies_with_its_starter(tmp_path: Path, how: signal.Signals) -> None:
+def test_dies_with_its_starter(tmp_path: Path, how: signal.Signals, paused: bool) -> None:
+    """Also when it stands still because of a signal."""
     start(probe := RedisServer(tmp_path / "probe"))
     probe.stop()
     starter = subprocess.Popen(
@@ -73,6 +75,8 @@ def test_dies_with_its_starter(tmp_path: Path, how: signal.Signals) -> None:
     assert starter.stdout is not None
     assert starter.stdin is not None
     child = psutil.Process(int(starter.stdout.readline()))
+    if paused:
+        child.suspend()
     starter.send_signal(how)
     starter.wait()
     child.wait(timeout=30)

@@ -33,6 +33,10 @@ class Process:
     def wake(self) -> None:
         self._process.send_signal(signal.SIGCONT)
 
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self._process.terminate()
+
     @property
     def alive(self) -> bool:
         return self._process.poll() is None

@@ -57,6 +57,16 @@ async def test_paused_replica_is_fenced(mixed: Cluster, tmp_path: Path) -> None:
     await mixed.drained()
 
 
+async def test_told_to_end_while_it_stands_still(mixed: Cluster, tmp_path: Path) -> None:
+    """SIGTERM then waits for the process, and when it goes on any of its threads may get it."""
+    with running(tmp_path, mixed.queue_settings, mixed.settings, "engine", "--role", "mixed") as told:
+        await mixed.until(lambda: told.logged("replica_ready") > 0, "it is up")
+        told.pause()
+        told.terminate()
+        told.wake()
+        await mixed.until(lambda: not told.alive, "it has ended")
+
+
 async def test_paused_dispatcher_undoes_nothing(either: Cluster, tmp_path: Path) -> None:
     """[I1, I3] A successor adopts what ran and finishes it; the first one wakes with all of it on its books."""
     worker = either.add(held=True)
