@@ -140,7 +140,7 @@ class Session:
 
     def _compare(self, load: LoadGenerator, sides: Sequence[Contender]) -> None:
         whole = self._plan.everywhere or tuple(side.name for side in sides) in MAIN
-        workloads = [each for each in self._plan.workloads if whole or each in (*SHORT, *QUICK)]
+        workloads = [each for each in self._plan.workloads if whole or each in SHORT]
         replayed = whole and self._arrivals is not None
         steps = len(WARM_UP) + replayed + (len(workloads) + replayed) * self._plan.rounds
         with self._board.progress(" / ".join(side.name for side in reversed(sides)), steps) as advance:

@@ -70,6 +70,6 @@ FULL = (
 )
 """About half a minute a round on two idle cores, replay apart."""
 SHORT = FULL[:5]
-"""The load curve and one long prompt."""
+"""The load curve and one long prompt; all of :data:`QUICK` is in it."""
 SETS = {"quick": QUICK, "short": SHORT, "full": FULL, "all": FULL}
 """What ``--workloads`` names. ``full`` asks :data:`SHORT` of pairs that vary another one's queue or settings."""
