@@ -1,7 +1,7 @@
 """``python -m tests.benchmarks.batch_order``: one file in its own order and in that of its prompts, and what the prefix
 cache makes of each.
 
-The lines share a few long system prompts and come shuffled, as they do from a data set. The KV cache holds a third of the
+The lines share a few long system prompts and come shuffled, as from a data set. The KV cache holds a third of the
 system prompts: enough for those that are in use when lines come sorted, too little for all of them.
 """
 
@@ -126,7 +126,7 @@ def table(report: Report) -> Table:
 @click.command()
 @click.option("--lines", default=1500, show_default=True)
 @click.option("--prompts", default=60, show_default=True, help="System prompts, evenly spread over the lines.")
-@click.option("--words", default=250, show_default=True, help="Random words of a system prompt; three tokens or so each.")
+@click.option("--words", default=250, show_default=True, help="Random words of a system prompt, of three tokens or so.")
 @click.option("--kv-tokens", default=16_000, show_default=True, help="Size of the engine's KV cache.")
 @click.option("--engine", type=click.Choice(["simulated", "vllm"]), default="vllm", show_default=True)
 @click.option("--seed", default=0, show_default=True)
