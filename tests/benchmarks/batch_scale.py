@@ -38,6 +38,7 @@ WARM_UP = 500
 ANSWER_TOKENS = 4
 FIRST_POLL_S = 0.01
 POLL_S = 0.25
+TENTHS = 10
 SETTLE_S = 3.0
 """After a batch: what it left is acknowledged, deleted and freed."""
 GROUPS = {"ingress": "ingress", "dispatcher": "dispatcher", "mixed": "engine"}
@@ -48,7 +49,8 @@ class Measured(msgspec.Struct):
     """One file. Seconds; CPU in seconds a line by group, memory in MB by group: the peak during the batch, and its end.
 
     ``upload_s`` includes validation, which looks at every line; ``first_result_s`` counts from the creation of the
-    batch to its first committed results.
+    batch to its first committed results. ``tenths``: lines per second in each tenth of the batch, which tells a batch
+    that slows down as it grows from a machine that does.
     """
 
     lines: int
@@ -58,6 +60,7 @@ class Measured(msgspec.Struct):
     first_result_s: float = 0.0
     seconds: float = 0.0
     lines_per_s: float = 0.0
+    tenths: list[float] = []
     cpu_s_a_line: dict[str, float] = {}
     peak_mb: dict[str, float] = {}
     end_mb: dict[str, float] = {}
@@ -118,10 +121,14 @@ class Bench:
     def _watch(self, store: redis.Redis, batch_id: str, found: Measured, started: float, progress: Progress) -> None:
         key = f"{self._stack.redis_settings.namespace}batch:{batch_id}"
         task, done = progress.add_task(f"{found.lines:,} lines", total=found.lines), 0
+        at, counted = started, 0
         while True:
             status, completed = cast("list[bytes | None]", store.hmget(key, "status", "completed"))
             done = int(completed or 0)
             progress.update(task, completed=done)
+            if done - counted >= found.lines / TENTHS:
+                found.tenths.append((done - counted) / (time.monotonic() - at))
+                at, counted = time.monotonic(), done
             found.first_result_s = found.first_result_s or (time.monotonic() - started if done else 0.0)
             if status not in (b"validating", b"in_progress", b"finalizing"):
                 break
@@ -201,6 +208,8 @@ def table(report: Report) -> Table:
 
     sizes = report.sizes
     row("lines/s", [found.lines_per_s for found in sizes], ",.0f")
+    row("lines/s, slowest tenth", [min(found.tenths, default=0.0) for found in sizes], ",.0f")
+    row("lines/s, last tenth", [found.tenths[-1] if found.tenths else 0.0 for found in sizes], ",.0f")
     row("creation to first results (s)", [found.first_result_s for found in sizes], ".2f")
     row("upload with validation (s)", [found.upload_s for found in sizes], ".2f")
     row("CPU of a line's upload (µs)", [found.upload_cpu_s * 1e6 for found in sizes], ".1f")
