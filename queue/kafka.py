@@ -30,6 +30,7 @@ from penstock.queue.kafka_client import (
     broker_errors,
     ensure_topics,
     open_client,
+    session_s,
 )
 from penstock.queue.kafka_consumer import STALL_S, PollThread
 from penstock.queue.kafka_dead import DeadLetterTopic
@@ -213,9 +214,10 @@ class KafkaQueue:
             self._publisher = Publisher(self._settings)
 
     def _open_pollers(self) -> None:
-        self._open_admin()
+        admin = self._open_admin()
         if not self._pollers:
-            pollers = tuple(PollThread(self._settings, self._topics, rank, self) for rank in range(len(PriorityClass)))
+            lease_s, ranks = session_s(admin), range(len(PriorityClass))
+            pollers = tuple(PollThread(self._settings, self._topics, rank, lease_s, self) for rank in ranks)
             for poller in pollers:
                 poller.start()
             try:

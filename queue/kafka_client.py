@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
 
 from penstock.queue.errors import QueueUnavailable
 from penstock.queue.records import PriorityClass
@@ -44,11 +44,17 @@ UNSETTLED = frozenset(
 )
 """Errors that pass by themselves once every broker knows who leads what. The library's ``retriable`` is about
 transactions only."""
+SESSION_S = 1.6
+"""What a dispatcher's lease is on the Redis queue, too: its successors have what it pulled within two seconds. Its
+heartbeats come from the library's own thread, so that a busy interpreter does not miss them."""
+DEFAULT_SESSION_S = 6.0
+"""The shortest that brokers allow unless ``group.min.session.timeout.ms`` says otherwise."""
 NOTE_EVERY_S = 5.0
 """One line per error and process in this time."""
 TOKENS_HEADER = "t"
 """Prompt tokens in decimal, so that the backlog is counted without decoding records."""
 REASON_HEADER = "reason"
+SHORTEST_SESSION = "group.min.session.timeout.ms"
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -203,6 +209,22 @@ def ensure_topics(admin: AdminClient, queue: QueueSettings, topics: Topics) -> N
                 raise
     _await_leaders(admin, missing)
     _warn_of_few_copies(admin, queue, wanted)
+
+
+def session_s(admin: AdminClient) -> float:
+    """The shortest session that all brokers allow, and no shorter than :data:`SESSION_S`.
+
+    Where their settings cannot be read (it takes the right to describe the cluster's configuration, and brokers that
+    are Kafka's own), their default.
+    """
+    brokers = admin.list_topics(timeout=REQUEST_TIMEOUT_S).brokers
+    wanted = [ConfigResource(ConfigResource.Type.BROKER, str(broker)) for broker in brokers]
+    try:
+        asked = admin.describe_configs(wanted, request_timeout=REQUEST_TIMEOUT_S)
+        return max(SESSION_S, *(int(future.result()[SHORTEST_SESSION].value) / 1000 for future in asked.values()))
+    except (KafkaException, KeyError) as error:
+        log.info("session_by_default", session_s=DEFAULT_SESSION_S, error=repr(error))
+        return DEFAULT_SESSION_S
 
 
 def _await_leaders(admin: AdminClient, names: set[str]) -> None:

@@ -33,10 +33,8 @@ FETCH_WAIT_MS = 500
 is used up meanwhile."""
 COMMIT_INTERVAL_S = 0.1
 """What is finished is committed this often: bounds what a crash delivers again, at ten small requests a second."""
-SESSION_TIMEOUT_MS = 6000
-"""The smallest the broker allows by default: a dead consumer's partitions move on after this."""
-HEARTBEAT_MS = 1500
-"""A quarter of the session, so that three late heartbeats cost nothing."""
+HEARTBEATS = 4
+"""In a session, so that three late ones cost nothing."""
 MAX_POLL_INTERVAL_MS = 30_000
 """The thread never waits for work to finish, so half a minute without a poll is a hang: others take over."""
 STALL_S = 15.0
@@ -69,10 +67,12 @@ class PollThread:
 
     A consumer for each class, because the library's cooperative assignor counts partitions and does not look at their
     topics: of two processes one could have all of a class, and the other, with as much room for it, nothing.
+    ``session_s``: after this time without a heartbeat the brokers give its partitions to others.
     """
 
-    def __init__(self, queue: QueueSettings, topics: Topics, rank: int, sink: Sink) -> None:
+    def __init__(self, queue: QueueSettings, topics: Topics, rank: int, session_s: float, sink: Sink) -> None:
         self._settings = queue
+        self._session_ms = int(session_s * 1000)
         self._group = topics.group
         self._topic = topics.classes[rank]
         self._rank = rank
@@ -152,8 +152,8 @@ class PollThread:
                 "max.partition.fetch.bytes": MAX_FETCH_BYTES,
                 "queued.min.messages": PREFETCH_RECORDS,
                 "queued.max.messages.kbytes": PREFETCH_KB,
-                "session.timeout.ms": SESSION_TIMEOUT_MS,
-                "heartbeat.interval.ms": HEARTBEAT_MS,
+                "session.timeout.ms": self._session_ms,
+                "heartbeat.interval.ms": self._session_ms // HEARTBEATS,
                 "max.poll.interval.ms": MAX_POLL_INTERVAL_MS,
                 "on_commit": self._committed,
             },

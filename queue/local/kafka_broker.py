@@ -124,6 +124,7 @@ class KafkaBroker(Server):
             "transaction.state.log.replication.factor": quorum.replicas,
             "transaction.state.log.min.isr": 1,
             "group.initial.rebalance.delay.ms": 0,
+            "group.min.session.timeout.ms": 1000,  # consumers choose; by default a dead one keeps its records for 6 s
             "broker.heartbeat.interval.ms": 500,
             "broker.session.timeout.ms": 2000,  # else a killed broker waits 9 s for its own old session to expire
             "auto.create.topics.enable": "false",

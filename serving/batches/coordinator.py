@@ -31,6 +31,7 @@ from penstock.serving.batches.results import (
 )
 from penstock.serving.batches.runner import Backend, LineRunner, stop_begun
 from penstock.serving.batches.settings import BatchSettings
+from penstock.serving.batches.shares import Shares
 from penstock.serving.batches.slots import FairSlots
 from penstock.serving.batches.store import LEASE_S, BatchStore, LeaseLost, encode_problems
 from penstock.serving.batches.unfinishable import UNFINISHABLE, problem_of
@@ -61,6 +62,7 @@ class Parts:
     catalog: FileCatalog
     backend: Backend
     slots: FairSlots
+    shares: Shares
     settings: BatchSettings
     model: str
 

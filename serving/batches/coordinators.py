@@ -14,7 +14,7 @@ from penstock.serving.batches.coordinator import Coordinator, Parts
 from penstock.serving.batches.store import LeaseLost
 
 LOOK_S = 1.0
-"""How often it is looked for batches without a coordinator."""
+"""How often it is looked for batches without a coordinator, and told what tenants have under way."""
 STOP_S = 10.0
 """For committing what is finished when the ingress ends; then the process ends anyway, and another one reads those
 answers from the token log again."""
@@ -35,6 +35,8 @@ class Coordinators:
         try:
             while True:
                 try:
+                    slots = self._parts.slots
+                    slots.elsewhere = await self._parts.shares.exchange(self._owner, slots.taken)
                     await self._take()
                 except TransientError as error:
                     log.warning("batches_unknown", error=str(error))

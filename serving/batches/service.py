@@ -16,6 +16,7 @@ from penstock.serving.batches.inspection import Inspector
 from penstock.serving.batches.routes import BatchesApp
 from penstock.serving.batches.runner import Backend
 from penstock.serving.batches.settings import BatchSettings
+from penstock.serving.batches.shares import Shares
 from penstock.serving.batches.slots import FairSlots
 from penstock.serving.batches.store import BatchStore
 from penstock.serving.edge.asgi import App
@@ -40,6 +41,7 @@ class BatchService:
         self._batches = batches
         self._catalog = FileCatalog(client, redis_settings, ObjectStore(files))
         self._store = BatchStore(client, redis_settings)
+        self._shares = Shares(client, redis_settings)
         self._orphans = OrphanSweep(
             client, redis_settings, self._catalog, self._store.open_batches, files.orphans_after_s
         )
@@ -56,7 +58,7 @@ class BatchService:
             group.create_task(self._sweep())
             if self._batches.coordinate:
                 slots = FairSlots(self._batches.in_flight)
-                parts = Parts(self._store, self._catalog, backend, slots, self._batches, model)
+                parts = Parts(self._store, self._catalog, backend, slots, self._shares, self._batches, model)
                 group.create_task(Coordinators(parts).run())
 
     async def _sweep(self) -> None:

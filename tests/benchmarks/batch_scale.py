@@ -39,6 +39,8 @@ ANSWER_TOKENS = 4
 FIRST_POLL_S = 0.01
 POLL_S = 0.25
 TENTHS = 10
+FLAT_RATE = 0.95
+FLAT_MEMORY = 1.1
 SETTLE_S = 3.0
 """After a batch: what it left is acknowledged, deleted and freed."""
 GROUPS = {"ingress": "ingress", "dispatcher": "dispatcher", "mixed": "engine"}
@@ -221,6 +223,17 @@ def table(report: Report) -> Table:
     return shown
 
 
+def flatness(first: Measured, last: Measured) -> str:
+    """How the largest file compares with the smallest, and whether that is flat."""
+    rate, first_result = last.lines_per_s / first.lines_per_s, last.first_result_s / first.first_result_s
+    grown = {group: last.peak_mb[group] / first.peak_mb[group] for group in first.peak_mb}
+    memory = ", ".join(f"{group} {ratio:.2f}" for group, ratio in grown.items())
+    return (
+        f"{last.lines:,} lines against {first.lines:,}: lines/s {rate:.2f} (wanted: at least {FLAT_RATE}); "
+        f"peak memory {memory} (at most {FLAT_MEMORY}); first results {first_result:.2f}"
+    )
+
+
 def _status_mb(pid: int, field: str) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -263,6 +276,8 @@ def main(lines: str, queue: str, changes: tuple[str, ...], profile: Path | None,
                 report.sizes.append(bench.run(size, progress))
                 console.print(f"{size:,} lines: {report.sizes[-1].lines_per_s:,.0f} lines/s", highlight=False)
     console.print(table(report))
+    by_size = sorted(report.sizes, key=lambda found: found.lines)
+    console.print(flatness(by_size[0], by_size[-1]), highlight=False)
     console.print(str(report.write(results)), highlight=False)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,10 +45,14 @@ WIDTH = 160
 @click.option("--results", default=RESULTS, show_default=True, type=click.Path(path_type=Path))
 def chaos(scale: str, short: bool, seed: int | None, names: tuple[str, ...], engine: str, results: Path) -> None:
     """Kill, stall and cut, and print what clients saw of it."""
+    if engine == "vllm" and scale == Scale.TEST and not short:
+        raise click.BadParameter("real engines have no test size; use short or long", param_hint="--scale")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # every part is stopped on the way out
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     seed = random.randrange(2**32) if seed is None else seed
-    wanted = [ROWS[name] for name in names or ROWS if engine == "simulated" or ROWS[name].any_engine]
+    wanted = [ROWS[name] for name in names or ROWS if engine == "simulated" or ROWS[name].real]
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
+    written = results / f"{time.strftime('%Y%m%d-%H%M%S')}-{seed}.json"
     console.print(f"seed {seed}; logs in {folder}", highlight=False)
     outcomes: list[Outcome] = []
     with Stacks(folder) as stacks:
@@ -54,8 +60,9 @@ def chaos(scale: str, short: bool, seed: int | None, names: tuple[str, ...], eng
             console.rule(row.name)
             outcomes.append(_play(row, stacks, Scale.SHORT if short else Scale(scale), seed, engine, console))
             console.print(verdict(outcomes[-1]), f"({outcomes[-1].seconds} s)")
+            write(outcomes, written)  # after each: a round of two hours may be broken off
     console.print(table(outcomes))
-    console.print(f"seed {seed}; {write(outcomes, results)}", highlight=False)
+    console.print(f"seed {seed}; {written}", highlight=False)
     sys.exit(any(outcome.failed for outcome in outcomes))
 
 

@@ -229,9 +229,9 @@ class Load:
         return stream
 
     def make(self, **changes: Any) -> Record:
-        """The next request."""
-        number, self._number = self._number, self._number + 1
-        values = {"id": new_request_id(), "sampling": self._sampling(number), "reply_to": self.reader.channel}
+        """The next request. Its salt makes engines compute a prompt that they have seen before."""
+        number, self._number, id_ = self._number, self._number + 1, new_request_id()
+        values = {"id": id_, "cache_salt": id_, "sampling": self._sampling(number), "reply_to": self.reader.channel}
         return make_record(self._prompt(number), **values | changes)
 
     def follow(self, record: Record) -> Stream:

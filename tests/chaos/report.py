@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from rich.markup import escape
 from rich.table import Table
 
 from tests.chaos.outcome import Outcome
@@ -36,14 +36,12 @@ def table(outcomes: Sequence[Outcome]) -> Table:
 def verdict(outcome: Outcome) -> str:
     """In words: what did not hold, else the figures of this row."""
     if outcome.failed:
-        return "[red]" + "; ".join(f"{check.invariant} {check.what}: {check.found}" for check in outcome.failed)
+        return "[red]" + escape("; ".join(f"{check.invariant} {check.what}: {check.found}" for check in outcome.failed))
     figures = ", ".join(f"{name} {value:,.4g}" for name, value in outcome.figures.items())
     return f"[green]holds[/] {figures}"
 
 
-def write(outcomes: Sequence[Outcome], folder: Path) -> Path:
-    """One file a run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{outcomes[0].seed if outcomes else 0}.json"
+def write(outcomes: Sequence[Outcome], path: Path) -> None:
+    """What was found so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(outcomes), indent=1))
-    return path

@@ -18,7 +18,8 @@ _tokens = itertools.cycle(range(50_000))
 
 
 def make_record(prompt: list[int] | int = 5, *, sampling: dict[str, Any] | None = None, **fields: Any) -> Record:
-    """A record whose prompt is given, or has that many tokens and differs from every other's."""
+    """A record whose prompt is given, or has that many tokens and differs from every other's; with a ``cache_salt`` no
+    prefix cache knows it."""
     request_id = fields.pop("id", None) or new_request_id()
     tokens = prompt if isinstance(prompt, list) else [next(_tokens) for _ in range(prompt)]
     packed = pack_tokens(tokens)
@@ -34,6 +35,6 @@ def make_record(prompt: list[int] | int = 5, *, sampling: dict[str, Any] | None 
         "sampling": {"max_tokens": 4} if sampling is None else sampling,
         "reply_to": "ingress:test",
         "accepted_ms": now_ms(),
-        "prefix_hashes": prefix_hashes(packed, "acme"),
+        "prefix_hashes": prefix_hashes(packed, fields.get("cache_salt") or "acme"),
     }
     return Record(**values | fields)

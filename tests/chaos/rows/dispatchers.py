@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from tests.chaos.load import Load
 from tests.chaos.outcome import Scale, Size
@@ -66,6 +67,17 @@ ROWS = [
             Scale.TEST: Size(0, 256, 4, requests=3_000),
             Scale.SHORT: Size(0, 512, 4, requests=20_000),
             Scale.LONG: Size(0, 512, 4, requests=100_000),
+        },
+        consumer_kill,
+    ),
+    Row(
+        "consumer-kill-kafka",
+        "the same on Kafka, whose consumer groups rebalance all the time",
+        replace(FAST, queue="kafka"),
+        {
+            Scale.TEST: Size(0, 256, 4, requests=600),
+            Scale.SHORT: Size(0, 512, 4, requests=3_000),
+            Scale.LONG: Size(0, 512, 4, requests=20_000),
         },
         consumer_kill,
     ),

@@ -155,7 +155,7 @@ ROWS = [
         SPLIT,
         {Scale.TEST: Size(2, 32, 384), Scale.SHORT: Size(12, 64, 512), Scale.LONG: Size(50, 64, 512)},
         decode_kill,
-        any_engine=True,
+        real={Scale.SHORT: Size(4, 16, 256), Scale.LONG: Size(50, 16, 256)},
     ),
     Row(
         "prefill-kill",
@@ -163,7 +163,7 @@ ROWS = [
         SPLIT,
         {Scale.TEST: Size(2, 16, 128), Scale.SHORT: Size(12, 64, 512), Scale.LONG: Size(50, 64, 512)},
         prefill_kill,
-        any_engine=True,
+        real={Scale.SHORT: Size(4, 8, 64), Scale.LONG: Size(50, 8, 64)},
     ),
     Row(
         "kv-load-failure",
@@ -175,7 +175,7 @@ ROWS = [
             Scale.LONG: Size(0, 64, 256, requests=1_000),
         },
         kv_load_failure,
-        any_engine=True,
+        real={Scale.SHORT: Size(0, 16, 32, requests=200), Scale.LONG: Size(0, 16, 32, requests=1_000)},
     ),
     Row(
         "stopped",

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from confluent_kafka.admin import AdminClient
 from pydantic import ValidationError
 
 from penstock.queue.errors import QueueUnavailable
+from penstock.queue.kafka_client import SESSION_S, open_client, session_s
 from penstock.queue.local.kafka_broker import KafkaBroker
 from penstock.queue.local.process import free_port
 from penstock.queue.local.redis_server import RedisServer
@@ -105,6 +107,12 @@ async def empty(queue: RequestQueue) -> bool:
         return sum(depth.requests for depth in (await queue.depth()).values()) == 0
     except QueueUnavailable:
         return False
+
+
+def test_sessions_are_as_short_as_the_brokers_allow(kafka_broker: KafkaBroker) -> None:
+    """A real broker tells its limit. The local ones allow what a dispatcher's lease is on Redis."""
+    admin = open_client(AdminClient, QueueSettings(backend="kafka", bootstrap=kafka_broker.bootstrap))
+    assert session_s(admin) == SESSION_S
 
 
 def test_nobody_can_ask_for_more_copies_than_there_are() -> None:

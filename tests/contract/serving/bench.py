@@ -16,6 +16,7 @@ from penstock.serving.batches.coordinator import Coordinator, Parts
 from penstock.serving.batches.inspection import Inspector
 from penstock.serving.batches.model import Batch, BatchSpec, Status, new_batch_id
 from penstock.serving.batches.settings import BatchSettings
+from penstock.serving.batches.shares import Shares
 from penstock.serving.batches.slots import FairSlots
 from penstock.serving.batches.store import BatchStore
 from penstock.serving.files.catalog import FileCatalog, FileMeta, new_file_id
@@ -95,12 +96,12 @@ class Bench:
     def parts(self, killer: Killer | None = None) -> Parts:
         objects = ObjectStore(FilesSettings(root=str(self.root)))
         catalog = FileCatalog(self.client, self.settings, objects)
-        store = BatchStore(self.client, self.settings)
+        store, shares = BatchStore(self.client, self.settings), Shares(self.client, self.settings)
         if killer:
             killer.guard(objects, OBJECT_WRITES)
             killer.guard(catalog, CATALOG_WRITES)
             killer.guard(store, STORE_WRITES)
-        return Parts(store, catalog, self.fleet, FairSlots(self.slots), self.batches, MODEL)
+        return Parts(store, catalog, self.fleet, FairSlots(self.slots), shares, self.batches, MODEL)
 
     async def begin(self, **options: Any) -> None:
         """A new batch; whatever ran for the last one has nothing to do with it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from penstock.queue.records import PriorityClass
 from penstock.queue.redis_client import connect_async
 from penstock.serving.batches.answers import Reply
 from penstock.serving.batches.runner import LineRequest
+from penstock.serving.batches.shares import Shares
 from penstock.serving.tenants import KeyStore
 from tests.support.batch_server import (
     BatchServer,
@@ -50,6 +52,43 @@ async def test_tenants_share_an_ingress(server: BatchServer) -> None:
         last = len(during) - during[::-1].index("small")
     assert begun > 100
     assert during[:last].count("big") <= 2 * 200  # it has three batches, and still about half
+
+
+async def test_tenants_share_all_ingresses(server: BatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant with batches at two ingresses has no more than one whose only batch is at one of them."""
+    order: list[str] = []
+
+    async def answer(request: LineRequest) -> Reply:
+        order.append(request.tenant)
+        await asyncio.sleep(0.05)
+        return chat_reply()
+
+    monkeypatch.setattr("penstock.serving.batches.coordinators.LOOK_S", 0.1)
+    server.fleet.answer = answer
+    server.batches = {"in_flight": 8, "max_per_tenant": 2}
+    other = replace(server)
+    async with connect_async(server.redis) as client:
+        keys = [(await KeyStore(client, server.redis).create(tenant))[0] for tenant in ("big", "small")]
+    async with server.serving() as api, other.serving():
+        big, small = (api.with_options(api_key=key) for key in keys)
+        await asyncio.gather(*(submit(big, jsonl([line(f"{i}") for i in range(3000)])) for _ in range(4)))
+        await until_true(lambda: len(order) > 100, 20, "the big tenant is at work")
+        batch = await submit(small, jsonl([line(f"{i}") for i in range(400)]))
+        await until(small, batch.id, "completed")
+    during = order[order.index("small") :]
+    last = len(during) - during[::-1].index("small")
+    assert during[:last].count("big") <= 2 * 400  # three times as many if each ingress shared by itself
+
+
+async def test_what_an_ingress_told_is_forgotten_with_it(server: BatchServer) -> None:
+    async with connect_async(server.redis) as client:
+        shares = Shares(client, server.redis)
+        assert await shares.exchange("one", {"a": 3, "b": 1}) == {}
+        assert await shares.exchange("two", {"a": 2}) == {"a": 3, "b": 1}
+        assert await shares.exchange("three", {}) == {"a": 5, "b": 1}
+        await client.delete(f"{server.redis.namespace}batch-slots:one")  # as it expires
+        assert await shares.exchange("three", {}) == {"a": 2}
+        assert await client.smembers(f"{server.redis.namespace}batch-slots") == {b"two", b"three"}
 
 
 async def test_a_closing_window_makes_it_urgent(server: BatchServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,31 @@ def test_a_free_slot_goes_to_who_has_the_fewest() -> None:
     assert Counter(asyncio.run(run())) == {"small": 2, "big": 2}
 
 
+def test_what_a_tenant_has_elsewhere_counts() -> None:
+    async def run() -> list[str]:
+        slots, order = FairSlots(2), list[str]()
+        slots.elsewhere = {"big": 2}
+
+        async def work(tenant: str) -> None:
+            await slots.acquire(tenant)
+            order.append(tenant)
+
+        for _ in range(2):
+            await slots.acquire("big")
+        waiting = [asyncio.create_task(work(tenant)) for tenant in ["big"] * 2 + ["small"] * 2]
+        await asyncio.sleep(0)
+        for _ in range(2):
+            slots.release("big")
+            await asyncio.sleep(0)
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        assert slots.taken == {"small": 2}
+        return order
+
+    assert asyncio.run(run()) == ["small", "small"]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3), st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.booleans()), max_size=30))
 def test_cancelled_or_not_every_slot_comes_back(count: int, workers: list[tuple[str, int, bool]]) -> None:
