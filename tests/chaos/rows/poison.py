@@ -80,7 +80,7 @@ ROWS = [
         {
             Scale.TEST: Size(0, 16, 96, requests=80),
             Scale.SHORT: Size(0, 32, 2048, requests=300),
-            Scale.LONG: Size(0, 32, 2048, requests=2_000),
+            Scale.LONG: Size(0, 32, 2048, requests=1_000),
         },
         poison,
     )
