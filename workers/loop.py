@@ -242,8 +242,8 @@ class EngineLoop:
             if status not in (AppendStatus.OK, AppendStatus.LOST)
         }
         for stream, status in refused.values():
-            if status is not AppendStatus.DONE:
-                log.warning("append_refused", request_id=stream.request_id, attempt=stream.attempt, status=status)
+            say = log.info if status is AppendStatus.DONE else log.warning  # also what was cancelled a step ago
+            say("append_refused", request_id=stream.request_id, attempt=stream.attempt, status=status)
         if refused:
             self.submit(Forget(set(refused)))
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+import structlog
 from rich.console import Console
 
 from penstock.queue.local.process import ServerError
@@ -55,7 +56,8 @@ def chaos(scale: str, short: bool, seed: int | None, names: tuple[str, ...], eng
     written = results / f"{time.strftime('%Y%m%d-%H%M%S')}-{seed}.json"
     console.print(f"seed {seed}; logs in {folder}", highlight=False)
     outcomes: list[Outcome] = []
-    with Stacks(folder) as stacks:
+    with (folder / "load.log").open("a") as log, Stacks(folder) as stacks:
+        structlog.configure(logger_factory=structlog.PrintLoggerFactory(log))  # what the load's own clients say
         for row in wanted:
             console.rule(row.name)
             outcomes.append(_play(row, stacks, Scale.SHORT if short else Scale(scale), seed, engine, console))

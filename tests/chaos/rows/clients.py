@@ -228,7 +228,7 @@ EDGE_ROWS = [
         "ingress-kill",
         "ingress kill -9, clients resume",
         EDGE,
-        {Scale.TEST: Size(1, 12, 384), Scale.SHORT: Size(3, 64, 512), Scale.LONG: Size(20, 64, 512)},
+        {Scale.TEST: Size(1, 12, 384), Scale.SHORT: Size(3, 24, 512), Scale.LONG: Size(20, 64, 512)},
         ingress_kill,
     ),
     Row(
@@ -246,7 +246,7 @@ EDGE_ROWS = [
         "rolling-under-clients",
         "rolling replacement of everything, ingresses too, under HTTP streams",
         EDGE,
-        {Scale.TEST: Size(1, 12, 384), Scale.SHORT: Size(1, 32, 384), Scale.LONG: Size(3, 32, 384)},
+        {Scale.TEST: Size(1, 12, 384), Scale.SHORT: Size(1, 12, 384), Scale.LONG: Size(3, 32, 384)},
         rolling,
     ),
 ]

@@ -65,7 +65,7 @@ ROWS = [
         FAST,
         {
             Scale.TEST: Size(0, 256, 4, requests=3_000),
-            Scale.SHORT: Size(0, 512, 4, requests=20_000),
+            Scale.SHORT: Size(0, 512, 4, requests=12_000),
             Scale.LONG: Size(0, 512, 4, requests=100_000),
         },
         consumer_kill,

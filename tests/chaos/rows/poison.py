@@ -79,7 +79,7 @@ ROWS = [
         FRAGILE,
         {
             Scale.TEST: Size(0, 16, 96, requests=80),
-            Scale.SHORT: Size(0, 32, 2048, requests=300),
+            Scale.SHORT: Size(0, 32, 2048, requests=150),
             Scale.LONG: Size(0, 32, 2048, requests=1_000),
         },
         poison,
