@@ -105,7 +105,9 @@ async def kv_load_failure(round_: Round) -> None:
 
 
 async def _goodput(round_: Round, prompt: Callable[[int], list[int]], *, conclude: bool = False) -> float:
-    """Requests per second."""
+    """Requests per second, once engines have met each other and have taken their first, slow steps."""
+    async with round_.load(prompt=prompt) as load:
+        await load.run(2 * round_.size.streams)
     async with round_.load(sampling=mixed_sampling(round_.size.tokens), prompt=prompt) as load:
         started = time.monotonic()
         await round_.steady(load, Load.finished)
