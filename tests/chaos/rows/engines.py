@@ -42,16 +42,19 @@ async def decode_kill(round_: Round) -> None:
         await round_.steady(load, faults)
         audit = await round_.conclude(load)
         round_.hit(audit)
-        again = [load.streams[id_] for id_, runs in audit.runs.items() if runs > 1]
-    continued = [stream for stream in again if "seed" not in stream.record.sampling]
-    replayed = [stream for stream in again if "seed" in stream.record.sampling]
+        again = [(load.streams[id_], runs) for id_, runs in audit.runs.items() if runs > 1]
+    continued = [stream for stream, _ in again if "seed" not in stream.record.sampling]
+    replayed = [(stream, runs) for stream, runs in again if "seed" in stream.record.sampling]
+    # Who is hit again before it has caught up computes more than once within one silence.
+    hit_once = [stream for stream, runs in replayed if runs == 2]
     gap = quantile([stream.gap_s for stream in continued], 0.95)
-    waited = quantile([stream.waited_s() for stream in replayed], 0.95)
+    waited = quantile([stream.waited_s() for stream in hit_once], 0.95)
     round_.figure("gap p95 s, continued", gap)
-    round_.figure("gap p95 s, replayed", quantile([stream.gap_s for stream in replayed], 0.95))
-    round_.figure("gap p95 s, replayed, less what was computed anew", waited)
+    round_.figure("gap p95 s, replayed", quantile([stream.gap_s for stream, _ in replayed], 0.95))
+    round_.figure("replayed, hit once", len(hit_once))
+    round_.figure("their gap p95 s, less what was computed anew", waited)
     round_.timing("", f"gap p95 < {GAP_S} s where a stream can be continued", gap < GAP_S, gap)
-    round_.timing("", "and where it is replayed, beyond the time that takes", waited < GAP_S, waited)
+    round_.timing("", "and where it is replayed once, beyond the time that takes", waited < GAP_S, waited)
 
 
 async def prefill_kill(round_: Round) -> None:
