@@ -108,7 +108,7 @@ $(BENCH_READY): $(READY) $(wildcard requirements/bench-ray-llm*.txt)
 
 bench-venv: $(BENCH_READY)  ## the virtual environment of Ray Serve LLM, which `make bench` measures against
 
-chaos: $(DEV_READY)  ## kill, stall and cut everything, and see whether anything was lost; meant for two hours, not timed yet (SHORT=1: for 15 minutes, SEED=..., ROW=..., ENGINE=vllm: the first three rows on real engines)
+chaos: $(DEV_READY)  ## kill, stall and cut everything, and see whether anything was lost; an hour and a half (SHORT=1: twenty minutes, SEED=..., ROW=..., ENGINE=vllm: the first three rows on real engines)
 	$(BIN)/python -m tests.chaos $(if $(SHORT),--short) $(if $(SEED),--seed $(SEED)) $(if $(ROW),--row $(ROW)) $(if $(ENGINE),--engine $(ENGINE))
 
 demo-model: $(DEV_READY)  ## train the demo model again (after a change of workers/demo_model/qa.yaml)

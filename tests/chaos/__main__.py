@@ -33,7 +33,7 @@ WIDTH = 160
 @click.option(
     "--scale", type=click.Choice([scale.value for scale in Scale]), default=Scale.LONG.value, show_default=True
 )
-@click.option("--short", is_flag=True, help="The same as --scale short: every row, in fifteen minutes.")
+@click.option("--short", is_flag=True, help="The same as --scale short: every row, in twenty minutes.")
 @click.option("--seed", type=int, default=None, help="Repeats a run; default: a new one, which is printed.")
 @click.option("--row", "names", multiple=True, type=click.Choice(list(ROWS)), help="Only this row; may be repeated.")
 @click.option(
