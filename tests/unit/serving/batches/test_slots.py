@@ -14,52 +14,37 @@ from penstock.serving.batches.slots import FairSlots
 pytestmark = pytest.mark.unit
 
 
+async def _given_out(slots: FairSlots, count: int, waiting: list[str]) -> list[str]:
+    """The big tenant has all slots and gives them back while these wait: who gets them."""
+    order: list[str] = []
+
+    async def work(tenant: str) -> None:
+        await slots.acquire(tenant)
+        order.append(tenant)
+
+    for _ in range(count):
+        await slots.acquire("big")
+    working = [asyncio.create_task(work(tenant)) for tenant in waiting]
+    await asyncio.sleep(0)
+    for _ in range(count):
+        slots.release("big")
+    await asyncio.sleep(0)
+    for task in working:
+        task.cancel()
+    await asyncio.wait(working)
+    return order
+
+
 def test_a_free_slot_goes_to_who_has_the_fewest() -> None:
-    async def run() -> list[str]:
-        slots, order = FairSlots(4), list[str]()
-
-        async def work(tenant: str) -> None:
-            await slots.acquire(tenant)
-            order.append(tenant)
-
-        for _ in range(4):
-            await slots.acquire("big")
-        waiting = [asyncio.create_task(work(tenant)) for tenant in ["big"] * 6 + ["small"] * 3]
-        await asyncio.sleep(0)
-        for _ in range(4):
-            slots.release("big")
-        await asyncio.sleep(0)
-        for task in waiting:
-            task.cancel()
-        await asyncio.wait(waiting)
-        return order
-
-    assert Counter(asyncio.run(run())) == {"small": 2, "big": 2}
+    order = asyncio.run(_given_out(FairSlots(4), 4, ["big"] * 6 + ["small"] * 3))
+    assert Counter(order) == {"small": 2, "big": 2}
 
 
 def test_what_a_tenant_has_elsewhere_counts() -> None:
-    async def run() -> list[str]:
-        slots, order = FairSlots(2), list[str]()
-        slots.elsewhere = {"big": 2}
-
-        async def work(tenant: str) -> None:
-            await slots.acquire(tenant)
-            order.append(tenant)
-
-        for _ in range(2):
-            await slots.acquire("big")
-        waiting = [asyncio.create_task(work(tenant)) for tenant in ["big"] * 2 + ["small"] * 2]
-        await asyncio.sleep(0)
-        for _ in range(2):
-            slots.release("big")
-            await asyncio.sleep(0)
-        for task in waiting:
-            task.cancel()
-        await asyncio.wait(waiting)
-        assert slots.taken == {"small": 2}
-        return order
-
-    assert asyncio.run(run()) == ["small", "small"]
+    slots = FairSlots(2)
+    slots.elsewhere = {"big": 2}
+    assert asyncio.run(_given_out(slots, 2, ["big"] * 2 + ["small"] * 2)) == ["small", "small"]
+    assert slots.taken == {"small": 2}
 
 
 @settings(max_examples=50, deadline=None)
