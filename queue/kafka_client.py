@@ -45,7 +45,7 @@ UNSETTLED = frozenset(
 """Errors that pass by themselves once every broker knows who leads what. The library's ``retriable`` is about
 transactions only."""
 SESSION_S = 1.6
-"""What a dispatcher's lease is on the Redis queue, too: its successors have what it pulled within two seconds. Its
+"""What a dispatcher's lease is on the Redis queue, too: its successors have what it pulled after about two seconds. Its
 heartbeats come from the library's own thread, so that a busy interpreter does not miss them."""
 DEFAULT_SESSION_S = 6.0
 """The shortest that brokers allow unless ``group.min.session.timeout.ms`` says otherwise."""

@@ -52,6 +52,10 @@ def chaos(scale: str, short: bool, seed: int | None, names: tuple[str, ...], eng
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     seed = random.randrange(2**32) if seed is None else seed
     wanted = [ROWS[name] for name in names or ROWS if engine == "simulated" or ROWS[name].real]
+    if not wanted:
+        raise click.BadParameter(
+            f"real engines play {[row.name for row in ROWS.values() if row.real]}", param_hint="--row"
+        )
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     written = results / f"{time.strftime('%Y%m%d-%H%M%S')}-{seed}.json"
     console.print(f"seed {seed}; logs in {folder}", highlight=False)
